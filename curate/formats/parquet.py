@@ -1,0 +1,293 @@
+"""Parquet files that hold image bytes: img2dataset's, Hugging Face's and our own shards."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curate.errors import InputError, SourceChangedError
+from curate.formats import index
+from curate.formats.index import Row, Scan
+from curate.formats.sources import File, Source, check_name, open_binary, split_suffix
+
+__all__ = [
+    "PATH_NAMES",
+    "find_path_column",
+    "group",
+    "names_images",
+    "read_fields",
+    "read_images",
+    "scan",
+]
+
+#: Columns that name an image file beside the table.
+PATH_NAMES = ("filepath", "file_name", "image_path", "path", "image")
+
+_IMAGE_NAMES = ("image", "jpg", "png", "webp", "jpeg")
+_BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """Which column is what; None where there is none."""
+
+    image: str
+    is_struct: bool
+    caption: str | None
+    key: str | None
+
+    @property
+    def leaf(self) -> str:
+        """Path of the column that holds the bytes."""
+        return f"{self.image}.bytes" if self.is_struct else self.image
+
+
+def group(files: list[File]) -> list[Source]:
+    """Return one source per Parquet file."""
+    return [
+        Source(check_name(file.name), file.url, "parquet", file.size_bytes, (), (file,))
+        for file in files
+        if split_suffix(file.name)[1] == "parquet"
+    ]
+
+
+def find_path_column(schema: pa.Schema) -> str | None:
+    """Return the text column that names image files, if the table has one and no image bytes."""
+    if _find_image(schema) is not None:
+        return None
+    texts = [field.name for field in schema if _is_text(field.type)]
+    return index.find_name(texts, PATH_NAMES)
+
+
+def names_images(files: list[File]) -> bool:
+    """Tell whether Parquet files name images instead of holding them, by the first of them."""
+    first = next(file for file in files if split_suffix(file.name)[1] == "parquet")
+    with _opened(first.url, first.name) as parquet:
+        return find_path_column(parquet.schema_arrow) is not None
+
+
+@contextlib.contextmanager
+def _opened(url: str, name: str) -> Iterator[pq.ParquetFile]:
+    with open_binary(url) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{name}: must be a whole Parquet file; cannot be read: {_first_line(error)}. "
+                "Remove it or copy it again."
+            ) from error
+        yield parquet
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    i = kind.get_field_index("bytes")
+    return i >= 0 and (_is_bytes(kind.field(i).type) or pa.types.is_null(kind.field(i).type))
+
+
+def _find_image(schema: pa.Schema) -> tuple[str, bool] | None:
+    """Return name and is-struct of the column with image bytes."""
+    flat = [field.name for field in schema if _is_bytes(field.type)]
+    structs = [field.name for field in schema if _has_bytes(field.type)]
+    name = index.find_name([*flat, *structs], _IMAGE_NAMES)
+    if name is None and len(structs) == 1:
+        name = structs[0]
+    return None if name is None else (name, name in structs)
+
+
+def _find_roles(schema: pa.Schema, name: str) -> _Roles:
+    image = _find_image(schema)
+    if image is None:
+        raise InputError(
+            f"{name}: must have a column of image bytes ({', '.join(_IMAGE_NAMES)} or a struct "
+            f"with bytes); got {', '.join(schema.names[:12])}. Rename the column."
+        )
+    others = [field.name for field in schema if field.name != image[0]]
+    captions = [n for n in others if _is_text(schema.field(n).type) or n in index.CAPTION_NAMES]
+    caption = index.find_name(captions, index.CAPTION_NAMES)
+    return _Roles(*image, caption, index.find_name(others, index.KEY_NAMES))
+
+
+def scan(source: Source, uid_column: str | None = None) -> Scan:
+    """Index a Parquet file; its images are read only where its statistics leave open if all exist.
+
+    Parameters
+    ----------
+    source : Source
+    uid_column : str, optional
+        Column that identifies a sample.
+
+    Returns
+    -------
+    Scan
+
+    Raises
+    ------
+    InputError
+        If the file is not whole or a column is missing.
+    SourceChangedError
+        If it is gone.
+    """
+    rows: list[Row] = []
+    with _opened(source.url, source.name) as parquet:
+        schema = parquet.schema_arrow
+        roles = _find_roles(schema, source.name)
+        if uid_column is not None and uid_column not in schema.names:
+            raise InputError(
+                f"{source.name}: ingest.uid_column must be one of {', '.join(schema.names[:12])}; "
+                f"got {uid_column}."
+            )
+        columns = [f.name for f in schema if _is_plain(f.type) and f.name != roles.image]
+        try:
+            for number in range(parquet.num_row_groups):
+                sizes = _sizes(parquet, number, roles)
+                table = parquet.read_row_group(number, columns)
+                for i, fields in enumerate(read_fields(table) or [{}] * table.num_rows):
+                    row = _row(fields, len(rows), roles, uid_column)
+                    row.row_group, row.row = number, i
+                    _note_image(row, sizes[i] if sizes is not None else None, sizes is not None)
+                    rows.append(row)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{source.name}: must be a whole Parquet file; cannot be read: "
+                f"{_first_line(error)}. Remove it or copy it again."
+            ) from error
+    index.number_repeats(rows)
+    return Scan(index.to_table(rows, source.name))
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return not (_is_bytes(kind) or pa.types.is_fixed_size_binary(kind) or _has_bytes(kind))
+
+
+def read_fields(table: pa.Table) -> list[dict[str, Any]]:
+    """Return a table's rows; bytes of a text column that are not UTF-8 become lone surrogates.
+
+    Parquet does not promise that text is valid, and one bad row must not cost the others.
+    """
+    columns = {}
+    for name in table.column_names:
+        column = table[name]
+        if _is_text(column.type):
+            kind = column.type
+            plain = column.cast(kind.value_type) if pa.types.is_dictionary(kind) else column
+            raw = plain.cast(pa.large_binary()).to_pylist()
+            columns[name] = [v if v is None else v.decode("utf-8", "surrogateescape") for v in raw]
+        else:
+            columns[name] = column.to_pylist()
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _sizes(parquet: pq.ParquetFile, number: int, roles: _Roles) -> list[int | None] | None:
+    """Return the images' lengths in a row group; None if statistics show that none is missing."""
+    group = parquet.metadata.row_group(number)
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.path_in_schema == roles.leaf and column.is_stats_set:
+            known = column.statistics
+            # Lengths matter less: writers leave out the minimum of values above 4 KiB.
+            has_empty = known.has_min_max and not known.min
+            if known.has_null_count and known.null_count == 0 and not has_empty:
+                return None
+    sizes: list[int | None] = []
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[number], columns=[roles.leaf]):
+        sizes.extend(pc.binary_length(_images(batch, roles)).to_pylist())
+    return sizes
+
+
+def _images(batch: pa.RecordBatch, roles: _Roles) -> pa.Array:
+    """Return the bytes column of a batch."""
+    column = batch.column(0)
+    if roles.is_struct:
+        column = pc.struct_field(column, "bytes")
+    return column.cast(pa.binary()) if pa.types.is_null(column.type) else column
+
+
+def _row(fields: dict[str, Any], number: int, roles: _Roles, uid_column: str | None) -> Row:
+    raw = fields.get(roles.caption) if roles.caption else None
+    caption, reason = index.clean_caption(raw if isinstance(raw, str) else None)
+    key = fields.get(roles.key) if roles.key else None
+    status = fields.get("status")
+    return Row(
+        index.clean_text(str(number if key is None else key)),
+        caption=caption,
+        metadata=index.encode_metadata(fields, {"uid", roles.key or "", roles.caption or ""}),
+        ingest_reason=status if status in index.FAILED else reason,
+        own_uid=index.find_uid(fields, uid_column),
+    )
+
+
+def _note_image(row: Row, size: int | None, is_known: bool) -> None:
+    """Put down the image's length and whether it is missing."""
+    row.size_bytes = size
+    if is_known and not size and row.ingest_reason not in index.FAILED:
+        missing = "image_missing" if size is None else "image_empty"
+        row.ingest_reason = index.first_reason(row.ingest_reason, missing)
+
+
+def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
+    """Yield the bytes of each row's image in order; None where the row has none.
+
+    Only the row groups asked for are read, and of these only the image column, 64 rows at a time;
+    a row that lies before its predecessor costs another pass over its row group.
+
+    Parameters
+    ----------
+    source : Source
+    rows : pyarrow.Table
+        Columns `row_group` and `row`.
+
+    Raises
+    ------
+    SourceChangedError
+        If the file is gone or no longer holds the row.
+    """
+    wanted = zip(rows["row_group"].to_pylist(), rows["row"].to_pylist(), strict=True)
+    changed = SourceChangedError(
+        f"{source.name}: must hold the rows that were indexed; it does not. "
+        "Put it back or start anew."
+    )
+    try:
+        with _opened(source.url, source.name) as parquet:
+            roles = _find_roles(parquet.schema_arrow, source.name)
+            current, at = -1, -1
+            stream: Iterator[bytes | None] = iter(())
+            for number, row in wanted:
+                if number != current or row <= at:
+                    current, at = number, -1
+                    stream = _stream(parquet, number, roles)
+                for _ in range(row - at):
+                    image = next(stream)
+                at = row
+                yield image
+    except (InputError, StopIteration, IndexError, pa.ArrowException, OSError) as error:
+        raise changed from error
+
+
+def _stream(parquet: pq.ParquetFile, number: int, roles: _Roles) -> Iterator[bytes | None]:
+    if number >= parquet.num_row_groups:
+        return
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[number], columns=[roles.leaf]):
+        for image in _images(batch, roles):
+            yield image.as_py()

@@ -1,0 +1,323 @@
+"""From what the user names (files, folders, patterns, URLs) to files with relative names."""
+
+import functools
+import glob
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from curate import storage
+from curate.errors import InputError, SourceChangedError
+
+__all__ = [
+    "File",
+    "Source",
+    "check_name",
+    "find_root",
+    "identify",
+    "list_files",
+    "list_folder",
+    "locate",
+    "open_binary",
+    "parent",
+    "split_suffix",
+]
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 16 << 10
+_BLOCKS = 64
+#: What stores call an object's checksum; an ETag may also depend on how it was uploaded.
+_CHECKSUMS = ("md5Hash", "content_md5", "crc32c", "ETag", "etag", "checksum")
+_SOURCE_SUFFIXES = ("tar", "parquet", "csv", "tsv", "jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the input.
+
+    Parameters
+    ----------
+    name : str
+        Relative to the root.
+    url : str
+    size_bytes : int
+    checksum : str or None
+        The store's own hash of its content.
+    """
+
+    name: str
+    url: str
+    size_bytes: int
+    checksum: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The unit that is scanned at once: a tar, a Parquet file, a table or a directory of images.
+
+    Parameters
+    ----------
+    name : str
+        Relative to the root; a directory's ends with "/".
+    url : str
+    kind : str
+        Key of `formats.FORMATS`.
+    size_bytes : int
+    companions : tuple of str
+        Names of files beside it that belong to it.
+    files : tuple of File
+        Everything that it is made of; known only where the input has been listed.
+    """
+
+    name: str
+    url: str
+    kind: str
+    size_bytes: int = 0
+    companions: tuple[str, ...] = ()
+    files: tuple[File, ...] = field(default=(), compare=False, repr=False)
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """Split a path into what comes before the last dot of its base name and the lower-case rest.
+
+    Examples
+    --------
+    >>> split_suffix("a.b/c.d.JPG")
+    ('a.b/c.d', 'jpg')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    return (folder + slash + stem, suffix.lower()) if dot and stem else (name, "")
+
+
+def parent(name: str) -> str:
+    """Return the folder part of a path, "" if there is none."""
+    return name.rpartition("/")[0]
+
+
+def locate(root: str, name: str) -> str:
+    """Return the URL of a source from its name, which for the root itself is "./"."""
+    return root if name == "./" else storage.join(root, name)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can be written as UTF-8.
+
+    Raises
+    ------
+    InputError
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name!a}: a name must be valid UTF-8. Rename it.") from error
+    return name
+
+
+def open_binary(url: str) -> BinaryIO:
+    """Open a file that was listed before, for reading.
+
+    Raises
+    ------
+    SourceChangedError
+        If it is gone.
+    """
+    fs, path = storage.filesystem(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return open(path, "rb")
+        return fs.open(path, "rb")
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise SourceChangedError(
+            f"{url}: must stay as it is while runs use it; {why}. Put it back or start anew."
+        ) from error
+
+
+def _patterns(inputs: Iterable[str]) -> Iterator[tuple[fsspec.AbstractFileSystem, str, str]]:
+    """Yield filesystem, path there and text of each input, with braces expanded."""
+    for given in inputs:
+        is_literal = "{" not in given or storage.exists(given)
+        for text in [given] if is_literal else storage.expand_braces(given):
+            fs, path = storage.filesystem(text)
+            yield fs, path.rstrip("/") or "/", text
+
+
+def _is_pattern(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    return glob.has_magic(path) and not fs.exists(path)
+
+
+def find_root(inputs: tuple[str, ...]) -> str:
+    """Return the folder that all inputs are in: names are relative to it.
+
+    A folder counts as itself, a file as the folder it is in, a pattern as the folder above its
+    first wildcard; so the root does not depend on which files a folder or pattern holds.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    return _find_root(inputs, os.getcwd())
+
+
+# Every task asks, and to answer takes a look at every input; a relative one depends on `_`.
+@functools.lru_cache(maxsize=64)
+def _find_root(inputs: tuple[str, ...], _: str) -> str:
+    folders: list[list[str]] = []
+    first: fsspec.AbstractFileSystem | None = None
+    for fs, path, text in _patterns(inputs):
+        first = first or fs
+        if fs != first:
+            raise InputError(f"{text}: inputs must be in one store. Copy them or run twice.")
+        if _is_pattern(fs, path):
+            parts = path.split("/")
+            wild = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+            folders.append(parts[:wild])
+        else:
+            is_file = split_suffix(path)[1] in _SOURCE_SUFFIXES or not fs.isdir(path)
+            folders.append((parent(path) if is_file else path).split("/"))
+    if first is None:
+        raise InputError("--input: must name at least one file or folder; got none.")
+    shared = folders[0]
+    for parts in folders[1:]:
+        same = (a == b for a, b in zip(shared, parts, strict=False))
+        shared = shared[: next((i for i, equal in enumerate(same) if not equal), len(parts))]
+    path = "/".join(shared)
+    if isinstance(first, LocalFileSystem):
+        return path or "/"
+    if not path.strip("/") and first.protocol not in ("memory", ("memory",)):
+        raise InputError(f"{inputs[0]}: inputs must share a bucket. Copy them or run twice.")
+    return str(first.unstrip_protocol(path))
+
+
+def list_files(inputs: tuple[str, ...], root: str) -> list[File]:
+    """Return all files of the inputs, sorted by name, each once.
+
+    Names with a part that begins with "." are left out, except where the user names them.
+
+    Raises
+    ------
+    InputError
+        If an input does not exist, holds nothing or is not below `root`.
+    """
+    files: dict[str, File] = {}
+    for fs, path, text in _patterns(inputs):
+        found = _find(fs, path, text)
+        if not found:
+            raise InputError(f"{text}: must hold files; it is empty. Check --input.")
+        for one, info in found.items():
+            file = _file(fs, one, info, root, text)
+            files[file.name] = file
+    return [files[name] for name in sorted(files)]
+
+
+def _find(fs: fsspec.AbstractFileSystem, path: str, text: str) -> dict[str, dict[str, Any]]:
+    """Return the store's record of each file below `path`, which may be a pattern."""
+    try:
+        is_pattern = _is_pattern(fs, path)
+        matches = fs.glob(path, detail=True) if is_pattern else {path: fs.info(path)}
+        found: dict[str, dict[str, Any]] = {}
+        for one, info in matches.items():
+            found |= _find_below(fs, one) if info["type"] == "directory" else {one: info}
+    except FileNotFoundError as error:
+        raise InputError(f"{text}: must be a file, folder or pattern; no such path.") from error
+    except OSError as error:
+        why = f"{error.filename or text}: {error.strerror or error}"
+        raise InputError(f"{text}: must be readable; got {why}. Check permissions.") from error
+    if not matches:
+        raise InputError(f"{text}: must match at least one file; matches none. Check --input.")
+    return found
+
+
+def _find_below(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
+    """Return the record of each file below a folder."""
+    prefix = folder.rstrip("/") + "/"
+    # By default an unreadable folder would be passed over in silence.
+    options = {"on_error": "raise"} if isinstance(fs, LocalFileSystem) else {}
+    found = {}
+    for name, info in fs.find(folder, detail=True, **options).items():
+        if _is_hidden(name[len(prefix) :]):
+            continue
+        if info.get("islink") and fs.isdir(name):
+            _log.warning("%s: a link to a folder is not followed; name it as an input", name)
+            continue
+        found[name] = info
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _file(
+    fs: fsspec.AbstractFileSystem, path: str, info: dict[str, Any], root: str, text: str
+) -> File:
+    prefix = storage.filesystem(root)[1].rstrip("/") + "/"
+    if not path.startswith(prefix):
+        raise InputError(
+            f"{text}: must be below ingest.root; got {root}. Set the root above all inputs."
+        )
+    name = path[len(prefix) :]
+    return File(name, storage.join(root, name), int(info["size"] or 0), _checksum(fs, info))
+
+
+def _checksum(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> str | None:
+    if isinstance(fs, LocalFileSystem):
+        return None
+    return next((str(info[name]).strip('"') for name in _CHECKSUMS if info.get(name)), None)
+
+
+def list_folder(folder: str) -> dict[str, File]:
+    """Return the files right in a folder by base name, sorted; none if there is no such folder."""
+    fs, path = storage.filesystem(folder)
+    try:
+        found = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}
+    files = {}
+    for info in sorted(found, key=lambda info: str(info["name"])):
+        base = info["name"].rstrip("/").rsplit("/", 1)[-1]
+        if info["type"] != "directory" and not _is_hidden(base):
+            url = storage.join(folder, base)
+            files[base] = File(base, url, int(info["size"] or 0), _checksum(fs, info))
+    return files
+
+
+def identify(source: Source) -> dict[str, Any]:
+    """Return what tells a source's content: its name, size and a digest of all its files.
+
+    A file's digest is its store's checksum, else BLAKE2b of up to 64 evenly spaced blocks of
+    16 KiB: all of a file of 1 MiB or less. Neither times nor places of files are part of it.
+
+    Raises
+    ------
+    SourceChangedError
+        If a file is gone.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    for file in source.files:
+        record = [file.name, str(file.size_bytes), file.checksum or _digest(file)]
+        # A name cannot hold NUL, so that no two lists of records read the same.
+        whole.update("\0".join([*record, ""]).encode("utf-8", "surrogatepass"))
+    size_bytes = sum(file.size_bytes for file in source.files)
+    return {"name": source.name, "size_bytes": size_bytes, "digest": whole.hexdigest()}
+
+
+def _digest(file: File) -> str:
+    content = hashlib.blake2b(digest_size=16)
+    with open_binary(file.url) as opened:
+        if file.size_bytes <= _BLOCKS * _BLOCK_BYTES:
+            content.update(opened.read())
+        else:
+            for i in range(_BLOCKS):
+                opened.seek(i * (file.size_bytes - _BLOCK_BYTES) // (_BLOCKS - 1))
+                content.update(opened.read(_BLOCK_BYTES))
+    return content.hexdigest()

@@ -1,0 +1,171 @@
+"""What a stage is: a frozen value that names its tables and the steps that fill them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from curate import storage
+
+__all__ = ["Room", "Stage", "Step", "Table", "execution_only", "one_task", "shard_tasks"]
+
+
+def execution_only(default: Any, description: str, **limits: Any) -> Any:
+    """Declare a field that cannot change the result and is therefore not hashed."""
+    extra: dict[str, Any] = {"execution_only": True}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An aligned side table: the columns it adds and the fields its content depends on.
+
+    `fields` None means all hashed fields of the stage. Tables of one stage have folders and
+    fingerprints of their own, so that changing what one depends on leaves the others valid.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    fields: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where one stage of one run works: everything a step may know besides its task's name.
+
+    Parameters
+    ----------
+    stage : Stage
+    folders : dict of str to str
+        Folder of every table of this stage and of the stages before it.
+    origins : dict of str to str
+        Table in which each earlier column lies.
+    missing : frozenset of str
+        Tables of this stage that are still to be made.
+    threads : int
+        Cores that one task may use.
+    ingest : Stage, optional
+        The pipeline's first stage, which alone knows where the sources lie.
+    """
+
+    stage: "Stage"
+    folders: dict[str, str]
+    origins: dict[str, str]
+    missing: frozenset[str]
+    threads: int = 1
+    ingest: "Stage | None" = None
+
+    def open_images(self, index: pa.Table) -> Iterator[bytes | None]:
+        """Yield the original bytes of index rows, in order; None where there is no image."""
+        assert self.ingest is not None
+        return self.ingest.open(index)
+
+    def path(self, *names: str, table: str | None = None) -> str:
+        """Location of a file in a table's folder, by default that of the stage's first table."""
+        return storage.join(self.folders[table or self.stage.tables()[0].name], *names)
+
+    def shard_path(self, table: str, shard: str) -> str:
+        """Location of one shard of a table."""
+        return storage.join(self.folders[table], "shards", f"{shard}.parquet")
+
+    def has(self, column: str) -> bool:
+        """Tell whether an earlier stage writes `column`."""
+        return column in self.origins
+
+    def shards(self) -> list[str]:
+        """Names of all shards, in order."""
+        layout = storage.read_json(storage.join(self.folders["ingest"], "layout.json"))
+        return [shard["name"] for shard in layout["shards"]]
+
+    def read(self, shard: str, columns: Sequence[str]) -> pa.Table:
+        """Return `uid` and the named earlier columns of one shard, checked to be aligned."""
+        by_table: dict[str, list[str]] = {}
+        for column in columns:
+            if column != "uid":
+                by_table.setdefault(self.origins[column], []).append(column)
+        paths = [(self.shard_path(t, shard), c) for t, c in (by_table or {"ingest": []}).items()]
+        return storage.join_aligned((p, storage.read_table(p, ["uid", *c])) for p, c in paths)
+
+    def commit_shard(self, table: str, shard: str, content: pa.Table) -> None:
+        """Commit one shard of one of this stage's tables."""
+        fingerprint = self.folders[table].rsplit("-", 1)[-1]
+        path = self.shard_path(table, shard)
+        storage.commit_table(path, content, {"curate.fingerprint": fingerprint})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One function mapped over task names.
+
+    Parameters
+    ----------
+    name : str
+    run : callable
+        `run(room, task)` commits the task's files and returns counts to be summed into
+        `run.json` (`samples` gives the rate that is shown).
+    tasks : callable
+        `tasks(room)`: the names, once all earlier steps are complete.
+    tables : tuple of str, optional
+        Run the step only if one of these tables is missing; default: any of the stage's.
+    """
+
+    name: str
+    run: Callable[[Room, str], dict[str, float]]
+    tasks: Callable[[Room], list[str]]
+    tables: tuple[str, ...] | None = None
+
+
+def shard_tasks(room: Room) -> list[str]:
+    """One task per shard."""
+    return room.shards()
+
+
+def one_task(room: Room) -> list[str]:
+    """A single task."""
+    return ["all"]
+
+
+class Stage(BaseModel):
+    """Base of all stages. Fields are parameters; each is described once, where it is declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    #: Raised by whoever changes what the stage computes from the same inputs and parameters.
+    version: ClassVar[int] = 1
+    #: Folders within the first table's folder that become OUT/<name> when the run ends.
+    publishes: ClassVar[tuple[str, ...]] = ()
+
+    def reads(self) -> tuple[str, ...]:
+        """Columns that an earlier stage must write."""
+        return ()
+
+    def wants(self) -> tuple[str, ...]:
+        """Columns that are used if an earlier stage writes them."""
+        return ()
+
+    def tables(self) -> tuple[Table, ...]:
+        """Tables that the stage fills."""
+        raise NotImplementedError
+
+    def steps(self) -> tuple[Step, ...]:
+        """Steps that fill them, in order."""
+        raise NotImplementedError
+
+    def writes(self) -> tuple[str, ...]:
+        """Columns of all tables."""
+        return tuple(column for table in self.tables() for column in table.columns)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Identity of everything read from outside OUT; part of the fingerprint."""
+        return []
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        """Figures of the finished stage for `run.json`."""
+        return {}
+
+    def open(self, table: pa.Table) -> Iterator[bytes | None]:
+        """Yield the bytes of index rows; only the stage that made the index can."""
+        raise NotImplementedError

@@ -1,0 +1,368 @@
+"""Ingest: an index of where every sample lies. No pixel is decoded and nothing is copied."""
+
+import hashlib
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from curate import formats, storage
+from curate.errors import InputError
+from curate.formats.index import UID, first_reason
+from curate.formats.sources import Source, find_root, identify, locate, open_binary
+from curate.schema import select_schema
+from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
+
+__all__ = ["Ingest"]
+
+_log = logging.getLogger(__name__)
+
+_COLUMNS = (
+    "uid",
+    "key",
+    "source_file",
+    "member",
+    "offset",
+    "size_bytes",
+    "row_group",
+    "row",
+    "caption",
+    "metadata",
+    "ingest_reason",
+)
+#: A scan file has the index columns and the uid that a row falls back to if its own is taken.
+_SCAN_SCHEMA = select_schema(_COLUMNS).append(pa.field("hash_uid", pa.string()))
+_SCAN_GROUP_ROWS = 8192
+_MAX_ROWS_IN_MEMORY = 10_000_000
+
+
+class Ingest(Stage):
+    """Index the input: one row per sample, with what was wrong before any pixel was read."""
+
+    name: ClassVar[str] = "ingest"
+
+    inputs: tuple[str, ...] = execution_only(
+        (), "Files, folders, patterns and fsspec URLs to read; set by the command line."
+    )
+    root: str | None = execution_only(
+        None, "Folder to which names of sources are relative; default: the one all inputs are in."
+    )
+    format: Literal["auto", "webdataset", "parquet", "folder"] = Field(
+        default="auto", description="Layout of the input; auto: told from the names of the files."
+    )
+    dataset: str = Field(
+        default="", description="Name that keeps uids of different data sets apart."
+    )
+    uid_column: str | None = Field(
+        default=None,
+        description="Column or JSON field that identifies a sample; default: `uid`, where it is "
+        "32 hex digits. Other values are hashed.",
+        min_length=1,
+    )
+    limit: int | None = Field(
+        default=None, description="Take this many samples at random; default: all.", ge=1
+    )
+    seed: int = Field(default=0, description="Seed of the draw of `limit`.")
+    shard_samples: int | None = Field(
+        default=None,
+        description="Samples per shard; default: a 16th of all, within 256 to 10 000.",
+        ge=1,
+    )
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return the index."""
+        return (Table("ingest", _COLUMNS),)
+
+    def steps(self) -> tuple[Step, ...]:
+        """List the sources, scan each, decide the shards, write them."""
+        return (
+            Step("list", _list, one_task),
+            Step("scan", _scan, _scan_tasks),
+            Step("layout", _decide_layout, one_task),
+            Step("shards", _write_shard, shard_tasks),
+        )
+
+    def folder(self) -> str:
+        """Return the folder to which names of sources are relative.
+
+        Raises
+        ------
+        InputError
+            If the inputs are in no common place.
+        """
+        return self.root.rstrip("/") if self.root else find_root(self.inputs)
+
+    def list_sources(self) -> list[Source]:
+        """Return the input's sources in order of name.
+
+        Raises
+        ------
+        InputError
+            If an input is missing, empty or of another layout.
+        """
+        layout, sources = formats.list_sources(self.inputs, self.folder(), self.format)
+        if self.format == "auto":
+            _log.info("ingest.format: %s (detected), %d sources", layout, len(sources))
+        return sources
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return name, size and digest of each source, in order of name.
+
+        Raises
+        ------
+        InputError
+            If an input is missing, empty or of another layout.
+        """
+        return [identify(source) for source in self.list_sources()]
+
+    def open(self, table: pa.Table) -> Iterator[bytes | None]:
+        """Yield the image bytes of index rows, in order; None where a row has none.
+
+        Parameters
+        ----------
+        table : pyarrow.Table
+            Columns source_file, member, offset, size_bytes, row_group, row.
+
+        Raises
+        ------
+        SourceChangedError
+            If a source is gone or no longer holds what was indexed.
+        """
+        return formats.read_images(self.folder(), table)
+
+
+def _ingest(room: Room) -> Ingest:
+    assert isinstance(room.stage, Ingest)
+    return room.stage
+
+
+def _list(room: Room, task: str) -> dict[str, float]:
+    """Put down the sources, so that not every task has to list the whole input again."""
+    sources = _ingest(room).list_sources()
+    records = [
+        {"name": s.name, "kind": s.kind, "size_bytes": s.size_bytes, "companions": s.companions}
+        for s in sources
+    ]
+    storage.commit_json(room.path("sources.json"), records)
+    return {"sources": len(records), "size_bytes": sum(s.size_bytes for s in sources)}
+
+
+def _scan_tasks(room: Room) -> list[str]:
+    count = len(storage.read_json(room.path("sources.json")))
+    width = max(5, len(str(count - 1)))
+    return [str(i).zfill(width) for i in range(count)]
+
+
+def _scan_url(room: Room, task: str) -> str:
+    return room.path("scan", f"{task}.parquet")
+
+
+def _scan(room: Room, task: str) -> dict[str, float]:
+    """Index one source."""
+    ingest = _ingest(room)
+    record = storage.read_json(room.path("sources.json"))[int(task)]
+    source = Source(
+        record["name"],
+        locate(ingest.folder(), record["name"]),
+        record["kind"],
+        record["size_bytes"],
+        tuple(record["companions"]),
+    )
+    found = formats.FORMATS[source.kind].scan(source, ingest.uid_column)
+    table = _with_uids(found.table, ingest.dataset)
+    with storage.commit(_scan_url(room, task)) as path:
+        pq.write_table(table, path, compression="ZSTD", row_group_size=_SCAN_GROUP_ROWS)
+    return {"samples": table.num_rows, **found.counts}
+
+
+def _digest(*parts: str | int) -> str:
+    # JSON keeps the parts apart whatever they hold: ("a", "bc") and ("ab", "c") differ.
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _with_uids(table: pa.Table, dataset: str) -> pa.Table:
+    """Turn a scan's table into one of `_SCAN_SCHEMA`."""
+    names = ("source_file", "key", "ordinal", "own_uid")
+    uids: list[str] = []
+    fallbacks: list[str | None] = []
+    for source, key, ordinal, own in zip(*(table[n].to_pylist() for n in names), strict=True):
+        hashed = _digest(dataset, source, key, ordinal)
+        if own is None:
+            uids.append(hashed)
+        else:
+            uids.append(own if UID.fullmatch(own) else _digest(dataset, own))
+        fallbacks.append(None if own is None else hashed)
+    columns = {name: table[name] for name in _COLUMNS if name != "uid"}
+    return (
+        pa.table(columns | {"uid": uids, "hash_uid": fallbacks})
+        .select(_SCAN_SCHEMA.names)
+        .cast(_SCAN_SCHEMA)
+    )
+
+
+def _decide_layout(room: Room, task: str) -> dict[str, float]:
+    """Decide which rows of which scan make up which shard."""
+    ingest = _ingest(room)
+    records = storage.read_json(room.path("sources.json"))
+    urls = [_scan_url(room, task) for task in _scan_tasks(room)]
+    counts = [_count_rows(url) for url in urls]
+    if not sum(counts):
+        shown = ", ".join(ingest.inputs[:3])
+        raise InputError(
+            f"{shown}: must hold image–text samples; found none in {len(urls)} sources. "
+            "Check that the files are whole."
+        )
+    if ingest.uid_column is not None and not any(map(_has_own_uids, urls)):
+        raise InputError(
+            f"ingest.uid_column: must name a field that samples have; got {ingest.uid_column}, "
+            "which none has. Leave it out or correct it."
+        )
+    repeats = _find_repeats(urls, sum(counts))
+    storage.commit_array(room.path("repeats.npy"), repeats)
+    if ingest.limit is not None and ingest.limit < sum(counts):
+        picked = _pick(urls, repeats, ingest.limit, ingest.seed)
+        storage.commit_array(room.path("picked.npy"), picked)
+        counts = np.bincount(picked[:, 0], minlength=len(urls)).tolist()
+    total = sum(counts)
+    size = ingest.shard_samples or min(max(math.ceil(total / 16), 256), 10_000)
+    shards = [
+        {"name": str(i).zfill(5), "samples": sum(b - a for _, a, b in parts), "parts": parts}
+        for i, parts in enumerate(_cut(counts, size))
+    ]
+    layout = {"samples": total, "format": records[0]["kind"], "shards": shards}
+    storage.commit_json(room.path("layout.json"), layout)
+    return {"samples": total, "shards": len(shards), "repeated_uids": len(repeats)}
+
+
+def _cut(counts: list[int], size: int) -> list[list[list[int]]]:
+    """Cut scans laid end to end into shards of `size` rows: [scan, start, stop] by shard."""
+    shards: list[list[list[int]]] = []
+    room = 0
+    for scan, count in enumerate(counts):
+        start = 0
+        while start < count:
+            if room == 0:
+                shards.append([])
+                room = size
+            stop = min(count, start + room)
+            shards[-1].append([scan, start, stop])
+            room -= stop - start
+            start = stop
+    return shards
+
+
+def _count_rows(url: str) -> int:
+    with open_binary(url) as file:
+        return int(pq.ParquetFile(file).metadata.num_rows)
+
+
+def _has_own_uids(url: str) -> bool:
+    column = storage.read_table(url, ["hash_uid"])["hash_uid"]
+    return bool(column.null_count < len(column))
+
+
+def _find_repeats(urls: list[str], total: int) -> npt.NDArray[np.int64]:
+    """Return (scan, row) of each row whose uid an earlier row has: (R, 2) int64, sorted.
+
+    Above 10 million rows the uids are taken in classes by their last digits, one at a time.
+    """
+    passes = math.ceil(total / _MAX_ROWS_IN_MEMORY)
+    found = []
+    for number in range(passes):
+        parts, places = [], []
+        for scan, url in enumerate(urls):
+            uids = _read_uids(url)
+            rows = np.flatnonzero(uids[:, 1] % np.uint64(passes) == number)
+            parts.append(uids[rows])
+            places.append(np.stack([np.full(len(rows), scan), rows], axis=1))
+        uids, place = np.concatenate(parts), np.concatenate(places)
+        order = np.lexsort((uids[:, 1], uids[:, 0]))  # stable: the earliest row comes first
+        ordered = uids[order]
+        found.append(place[order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]])
+    repeats = np.concatenate(found).astype(np.int64)
+    return repeats[np.lexsort((repeats[:, 1], repeats[:, 0]))]
+
+
+def _read_uids(url: str) -> npt.NDArray[np.uint64]:
+    """Return the uids of a scan: (N, 2) uint64."""
+    uids = storage.read_table(url, ["uid"])["uid"].to_pylist()
+    raw = np.frombuffer(bytes.fromhex("".join(uids)), dtype=">u8").reshape(-1, 2)
+    return raw.astype(np.uint64)
+
+
+def _rows_of(places: npt.NDArray[np.int64], scan: int) -> npt.NDArray[np.int64]:
+    """Return the rows of one scan among sorted (scan, row) pairs."""
+    first, last = np.searchsorted(places[:, 0], [scan, scan + 1])
+    return np.asarray(places[first:last, 1])
+
+
+def _pick(
+    urls: list[str], repeats: npt.NDArray[np.int64], limit: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Draw rows by the hash of seed and uid, so that the draw knows no order: (limit, 2) int64."""
+    places = np.zeros((0, 2), np.int64)
+    ranks = np.zeros(0, np.uint64)
+    for scan, url in enumerate(urls):
+        table = storage.read_table(url, ["uid", "hash_uid"])
+        uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
+        for row in _rows_of(repeats, scan):
+            uids[row] = fallbacks[row] or _digest("again", uids[row])
+        drawn = [hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest() for uid in uids]
+        ranks = np.append(ranks, np.frombuffer(b"".join(drawn), np.dtype(">u8")).astype(np.uint64))
+        here = np.stack([np.full(len(uids), scan), np.arange(len(uids))], axis=1)
+        places = np.concatenate([places, here])
+        if len(ranks) > limit:
+            best = np.argsort(ranks, kind="stable")[:limit]
+            ranks, places = ranks[best], places[best]
+    return places[np.lexsort((places[:, 1], places[:, 0]))]
+
+
+def _write_shard(room: Room, task: str) -> dict[str, float]:
+    """Put one shard of the index together."""
+    layout = storage.read_json(room.path("layout.json"))
+    parts = next(shard["parts"] for shard in layout["shards"] if shard["name"] == task)
+    repeats = storage.read_array(room.path("repeats.npy"))
+    picked_url = room.path("picked.npy")
+    picked = storage.read_array(picked_url) if storage.exists(picked_url) else None
+    names = _scan_tasks(room)
+    tables = []
+    for scan, start, stop in parts:
+        rows = np.arange(start, stop) if picked is None else _rows_of(picked, scan)[start:stop]
+        table = _read_rows(_scan_url(room, names[scan]), rows)
+        tables.append(_replace_repeats(table, np.isin(rows, _rows_of(repeats, scan))))
+    table = pa.concat_tables(tables).combine_chunks()
+    room.commit_shard("ingest", task, table)
+    reasons = Counter(code for code in table["ingest_reason"].to_pylist() if code)
+    return {"samples": table.num_rows, **{f"reason.{code}": n for code, n in reasons.items()}}
+
+
+def _read_rows(url: str, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Return some rows, in ascending order, of a scan, reading only the row groups they are in."""
+    with open_binary(url) as file:
+        parquet = pq.ParquetFile(file)
+        groups = np.unique(rows // _SCAN_GROUP_ROWS)
+        table = parquet.read_row_groups(groups.tolist())
+    # All row groups but the last are full, so that a row's group follows from its number.
+    place = np.searchsorted(groups, rows // _SCAN_GROUP_ROWS)
+    return table.take(pa.array(place * _SCAN_GROUP_ROWS + rows % _SCAN_GROUP_ROWS))
+
+
+def _replace_repeats(table: pa.Table, is_repeat: npt.NDArray[np.bool_]) -> pa.Table:
+    """Give the marked rows the uid they fall back to, and drop the column that holds it."""
+    uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
+    reasons = table["ingest_reason"].to_pylist()
+    for row in np.flatnonzero(is_repeat):
+        uids[row] = fallbacks[row] or _digest("again", uids[row])
+        reasons[row] = first_reason(reasons[row], "duplicate_uid")
+    table = table.set_column(0, "uid", pa.array(uids, pa.string()))
+    position = table.column_names.index("ingest_reason")
+    table = table.set_column(position, "ingest_reason", pa.array(reasons, pa.string()))
+    return table.select(_COLUMNS).cast(select_schema(_COLUMNS))

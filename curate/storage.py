@@ -1,0 +1,427 @@
+"""Files, wherever they are: listing, range reads, atomic commits, aligned joins.
+
+All paths are strings that fsspec understands; a plain path is a local file. A file appears
+whole or not at all: on disk it is written under a temporary name in its own folder and renamed,
+on an object store it is one put.
+"""
+
+import contextlib
+import filecmp
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from curate.errors import AlignmentError, InputError, StorageError
+
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "clear_temporaries",
+    "commit",
+    "commit_array",
+    "commit_batches",
+    "commit_bytes",
+    "commit_json",
+    "commit_table",
+    "exists",
+    "expand_braces",
+    "filesystem",
+    "is_local",
+    "join",
+    "join_aligned",
+    "list_names",
+    "make_folder",
+    "mirror",
+    "read_array",
+    "read_json",
+    "read_rows",
+    "read_table",
+    "read_vectors",
+    "remove",
+    "vector_column",
+    "walk_files",
+]
+
+TEMPORARY_PREFIX = ".tmp-"
+
+#: Rows a reader must take at once to get at one image or vector.
+_RAW_GROUP_ROWS = 1024
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the filesystem of `url` and its path there.
+
+    Raises
+    ------
+    InputError
+        If the protocol is unknown or the package it needs is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: cannot be opened: {error}. Install what it names.") from error
+
+
+def is_local(url: str) -> bool:
+    """Tell whether `url` is on a local disk."""
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
+def join(folder: str, *names: str) -> str:
+    """Join a folder's URL and names below it."""
+    return "/".join([folder.rstrip("/"), *(name.strip("/") for name in names)])
+
+
+def exists(url: str) -> bool:
+    """Tell whether there is a file or folder at `url`."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the sorted names in a folder; empty if there is no such folder."""
+    fs, path = filesystem(folder)
+    try:
+        found = fs.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+
+def walk_files(folder: str) -> dict[str, int]:
+    """Return size in bytes by path relative to `folder`, for all files below it, sorted."""
+    fs, path = filesystem(folder)
+    root = path.rstrip("/") + "/"
+    found = fs.find(path, detail=True)
+    return {name[len(root) :]: int(found[name]["size"] or 0) for name in sorted(found)}
+
+
+def make_folder(folder: str) -> None:
+    """Create a folder and those above it.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be created.
+    """
+    fs, path = filesystem(folder)
+    try:
+        fs.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise _storage_error(folder, error) from error
+
+
+def remove(url: str) -> None:
+    """Remove a file or a folder and all below it; nothing happens if it is gone."""
+    fs, path = filesystem(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def _storage_error(url: str, error: OSError) -> StorageError:
+    why = error.strerror or str(error)
+    advice = {
+        "No space left on device": "Free some space and run the same command again to resume.",
+        "Permission denied": "Make it writable or choose another --output.",
+        "Read-only file system": "Choose another --output.",
+    }.get(why, "Run the same command again to resume.")
+    return StorageError(f"{url}: cannot be written: {why}. {advice}")
+
+
+@contextlib.contextmanager
+def commit(url: str) -> Iterator[str]:
+    """Yield a local path to write; on success its content becomes `url` in one atomic step.
+
+    Raises
+    ------
+    StorageError
+        If writing or publishing fails; nothing is left behind then.
+    """
+    fs, path = filesystem(url)
+    name = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}"
+    local = isinstance(fs, LocalFileSystem)
+    temporary = Path(path).parent / name if local else Path(tempfile.gettempdir()) / name
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield str(temporary)
+        if local:
+            os.replace(temporary, path)
+        else:
+            fs.put_file(str(temporary), path)
+    except OSError as error:
+        raise _storage_error(url, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def clear_temporaries(folder: str) -> None:
+    """Remove what a killed process left half-written below a folder."""
+    fs, path = filesystem(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return  # on object stores an unfinished put leaves no object
+    for temporary in Path(path).rglob(f"{TEMPORARY_PREFIX}*"):
+        temporary.unlink(missing_ok=True)
+
+
+def commit_bytes(url: str, data: bytes) -> None:
+    """Write `data` to `url` atomically."""
+    with commit(url) as path:
+        Path(path).write_bytes(data)
+
+
+def commit_json(url: str, value: Any) -> None:
+    """Write `value` as readable JSON to `url` atomically."""
+    text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, ensure_ascii=False)
+    commit_bytes(url, (text + "\n").encode())
+
+
+def read_json(url: str) -> Any:
+    """Return the JSON value at `url`.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    fs, path = filesystem(url)
+    return json.loads(fs.cat_file(path))
+
+
+def commit_array(url: str, array: np.ndarray[Any, Any]) -> None:
+    """Write an array as `.npy` to `url` atomically."""
+    with commit(url) as path, open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(url: str) -> np.ndarray[Any, Any]:
+    """Return the array at `url`; memory-mapped where the file is local."""
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    with fs.open(path, "rb") as file:
+        return np.load(file, allow_pickle=False)
+
+
+def commit_table(url: str, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
+    """Write a table as Parquet to `url` atomically.
+
+    Parameters
+    ----------
+    metadata : dict of str to str, optional
+        Stored in the Parquet footer.
+    """
+    with commit_batches(url, table.schema, metadata) as write:
+        write(table)
+
+
+@contextlib.contextmanager
+def commit_batches(
+    url: str, schema: pa.Schema, metadata: dict[str, str] | None = None
+) -> Iterator[Callable[[pa.Table], None]]:
+    """Write a Parquet file to `url` atomically, table by table.
+
+    Vectors (fixed-size binary) and images (binary) are written plain and uncompressed: they do
+    not compress, and a plain column can be memory-mapped at disk speed (10 000 x 768 float16
+    read at 4.7 GB/s against 0.1 GB/s for a list column).
+
+    Yields
+    ------
+    callable
+        Appends a table of that schema.
+    """
+    raw = {field.name for field in schema if _is_raw(field.type)}
+    paths = [path for field in schema if field.name not in raw for path in _leaves(field)]
+    compression = {**dict.fromkeys(raw, "NONE"), **dict.fromkeys(paths, "ZSTD")}
+    if metadata:
+        schema = schema.with_metadata({**(schema.metadata or {}), **metadata})
+    with (
+        commit(url) as path,
+        pq.ParquetWriter(
+            path,
+            schema,
+            compression=compression or "NONE",
+            use_dictionary=paths,
+            write_statistics=paths,
+        ) as writer,
+    ):
+        yield lambda table: writer.write_table(
+            table.cast(schema), row_group_size=_RAW_GROUP_ROWS if raw else None
+        )
+
+
+def _leaves(field: pa.Field) -> list[str]:
+    """Name a field's columns as Parquet does."""
+    if pa.types.is_list(field.type):
+        return [f"{field.name}.list.element"]
+    return [field.name]
+
+
+def _is_raw(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_binary(kind) or pa.types.is_binary(kind)
+
+
+def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the named columns of a Parquet file, memory-mapped where it is local.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    fs, path = filesystem(url)
+    wanted = None if columns is None else list(columns)
+    if isinstance(fs, LocalFileSystem):
+        return pq.read_table(path, columns=wanted, memory_map=True, partitioning=None)
+    with fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=wanted)
+
+
+def vector_column(vectors: np.ndarray[Any, Any], valid: np.ndarray[Any, Any]) -> pa.Array:
+    """Pack vectors into a fixed-size binary array.
+
+    Parameters
+    ----------
+    vectors : (N, D) float16
+    valid : (N,) bool
+        False where the sample has no vector: null in the array.
+    """
+    rows = np.ascontiguousarray(vectors, dtype="<f2")
+    mask = np.packbits(valid.astype(bool), bitorder="little").tobytes()
+    kind = pa.binary(rows.shape[1] * 2)
+    return pa.Array.from_buffers(kind, len(rows), [pa.py_buffer(mask), pa.py_buffer(rows)])
+
+
+def read_vectors(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Unpack a fixed-size binary column written by `vector_column`.
+
+    Returns
+    -------
+    vectors : (N, D) float16
+        Rows without a vector are zero. A view of the column where it is one chunk.
+    valid : (N,) bool
+    """
+    width = column.type.byte_width // 2
+    parts = []
+    for chunk in column.chunks:
+        if len(chunk) == 0:
+            continue
+        data = np.frombuffer(chunk.buffers()[1], dtype="<f2")
+        start = chunk.offset * width
+        parts.append(data[start : start + len(chunk) * width].reshape(len(chunk), width))
+    valid = np.asarray(column.is_valid().to_numpy(), dtype=bool)
+    if not parts:
+        return np.zeros((0, width), "<f2"), valid
+    vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if not valid.all():
+        vectors = np.where(valid[:, None], vectors, np.float16(0))
+    return vectors, valid
+
+
+def read_rows(url: str, column: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return some rows of a vector column: (len(rows), D) float16, in the order asked for."""
+    vectors, _ = read_vectors(read_table(url, [column])[column])
+    return vectors[rows]
+
+
+def join_aligned(tables: Iterable[tuple[str, pa.Table]]) -> pa.Table:
+    """Put side tables of one shard side by side, after checking that their uids are equal.
+
+    Parameters
+    ----------
+    tables : iterable of (str, pyarrow.Table)
+        Where each came from (for the error) and the table, with a `uid` column.
+
+    Raises
+    ------
+    AlignmentError
+        If a table's uids differ from the first one's.
+    """
+    joined: pa.Table | None = None
+    for origin, table in tables:
+        if joined is None:
+            joined = table
+            continue
+        if not table["uid"].equals(joined["uid"]):
+            raise AlignmentError(
+                f"{origin}: must hold the same uids in the same order as the index; it does not. "
+                "Remove the folder and run again."
+            )
+        for field in table.schema:
+            if field.name not in joined.column_names:
+                joined = joined.append_column(field, table[field.name])
+    assert joined is not None
+    return joined
+
+
+def mirror(source: str, target: str) -> bool:
+    """Make `target` hold exactly the files of `source`; return whether anything changed.
+
+    On a local disk files are hard links where the disk allows it, so that nothing is stored
+    twice; elsewhere they are copied by the store.
+    """
+    wanted, present = walk_files(source), walk_files(target) if exists(target) else {}
+    changed = False
+    for name, size_bytes in wanted.items():
+        if present.get(name) != size_bytes or not _same_file(
+            join(source, name), join(target, name)
+        ):
+            _link(join(source, name), join(target, name))
+            changed = True
+    for name in present.keys() - wanted.keys():
+        remove(join(target, name))
+        changed = True
+    return changed
+
+
+def _same_file(one: str, other: str) -> bool:
+    """Tell whether two existing files are one; on stores, equal size must do."""
+    fs, path = filesystem(one)
+    if not isinstance(fs, LocalFileSystem):
+        return True
+    other_path = filesystem(other)[1]
+    return os.path.samefile(path, other_path) or filecmp.cmp(path, other_path, shallow=False)
+
+
+def _link(source: str, target: str) -> None:
+    fs, path = filesystem(source)
+    target_path = filesystem(target)[1]
+    if not isinstance(fs, LocalFileSystem):
+        fs.copy(path, target_path)
+        return
+    with commit(target) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand `{000..123}` and `{a,b}` as a shell would.
+
+    Examples
+    --------
+    >>> expand_braces("x/{08..10}.tar")
+    ['x/08.tar', 'x/09.tar', 'x/10.tar']
+    """
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    body, head, tail = found.group(1), pattern[: found.start()], pattern[found.end() :]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    if span is not None:
+        first, last = span.groups()
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        choices = [str(i).zfill(width) for i in range(int(first), int(last) + 1)]
+    else:
+        choices = body.split(",")
+    return [whole for choice in choices for whole in expand_braces(head + choice + tail)]
