@@ -1,0 +1,312 @@
+"""The command line: parse, call, print, exit code."""
+
+import contextlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from curate import __version__
+from curate.errors import CurateError, NothingKeptError
+
+__all__ = ["main"]
+
+#: Samples are guessed from input bytes before they are counted: the mean over web-scale sets.
+_GUESSED_SAMPLE_BYTES = 20_000
+#: What a sample costs below OUT/stages: vectors, thumbnail, proxies' embeddings, tables.
+_STAGE_SAMPLE_BYTES = 16_000
+
+
+class _Commands(click.Group):
+    """Turns every error that is meant for the user into one line and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CurateError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "Stopped. What was finished is kept: run the same command again to resume.",
+                err=True,
+            )
+            ctx.exit(130)
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.argument("pipeline"),
+        click.argument("more_inputs", nargs=-1, metavar="[PATH]..."),
+        click.option(
+            "--input", "-i", "inputs", multiple=True, metavar="PATH",
+            help="File, folder, pattern or fsspec URL to read; may be given more than once.",
+        ),
+        click.option("--output", "-o", "out", required=True, metavar="DIR", help="Where to."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="STAGE.FIELD=VALUE",
+            help="Override a parameter of the pipeline.",
+        ),
+        click.option("--limit", type=click.IntRange(1), help="Preview on that many random samples."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _cluster_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--workers", type=click.IntRange(1), help="Local worker processes."),
+        click.option("--scheduler", metavar="ADDRESS", help="Use a running Dask scheduler."),
+        click.option(
+            "--cluster", "cluster_file", metavar="FILE",
+            help="YAML: kind (local, local-cuda, slurm, kubernetes) and its arguments.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="curate")
+def main() -> None:
+    """Clean image–text data before a model is trained on it.
+
+    `curate demo` shows the whole chain on a bundled sample.
+    """
+
+
+@main.command()
+@_run_options
+@_cluster_options
+def run(
+    pipeline: str,
+    more_inputs: tuple[str, ...],
+    inputs: tuple[str, ...],
+    out: str,
+    settings: tuple[str, ...],
+    limit: int | None,
+    as_json: bool,
+    workers: int | None,
+    scheduler: str | None,
+    cluster_file: str | None,
+) -> None:
+    """Run PIPELINE (a file, or default, offline, dedup, clip-score) into --output.
+
+    Run again, it does only what is missing.
+    """
+    loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
+    cluster = _cluster(workers, scheduler, cluster_file)
+    summary = _carry_out(loaded, out, cluster)
+    _print_result(summary, out, as_json)
+
+
+@main.command()
+@_run_options
+def plan(
+    pipeline: str,
+    more_inputs: tuple[str, ...],
+    inputs: tuple[str, ...],
+    out: str,
+    settings: tuple[str, ...],
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Show what `curate run` with the same arguments would do, and why."""
+    from curate.engine import runner
+
+    loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
+    rows = runner.plan(loaded, out)
+    need_bytes = _disk_need(loaded)
+    if as_json:
+        click.echo(json.dumps({"tables": rows, "disk_bytes": need_bytes}, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['state']:<6}  {row['table']:<16}  {row['why']}")
+        for step in row["steps"]:
+            tasks = "?" if step["tasks"] is None else step["tasks"]
+            click.echo(f"        {'':<16}  {step['step']}: {step['done']} of {tasks} tasks done")
+    click.echo(f"Disk needed at most: about {_in_units(need_bytes)}")
+
+
+@main.command()
+@click.argument("folder", default="curate-demo", metavar="[DIR]")
+@click.option("--workers", type=click.IntRange(1), help="Local worker processes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def demo(folder: str, workers: int | None, as_json: bool) -> None:
+    """Run the `offline` pipeline on the bundled sample of real pictures."""
+    from importlib import resources
+
+    with resources.as_file(resources.files("curate") / "sample" / "shards") as sample:
+        loaded = _load("offline", (str(sample),), (), None)
+        summary = _carry_out(loaded, folder, _cluster(workers, None, None))
+    _print_result(summary, folder, as_json)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--markdown", is_flag=True, help="Print as the table of the README.")
+def columns(as_json: bool, markdown: bool) -> None:
+    """List every output column and every reason code."""
+    from curate.schema import describe_columns, markdown_tables
+
+    if markdown:
+        click.echo(markdown_tables())
+    elif as_json:
+        click.echo(json.dumps(describe_columns(), indent=2))
+    else:
+        for row in describe_columns()["columns"]:
+            unit = f" [{row['unit']}]" if row["unit"] else ""
+            direction = f"; {row['direction']}" if row["direction"] else ""
+            click.echo(f"{row['name']}: {row['type']}{unit}{direction}\n    {row['meaning']}")
+        click.echo("\nReasons, in the order in which they are given:")
+        for code, meaning in describe_columns()["reasons"].items():
+            click.echo(f"{code}\n    {meaning}")
+
+
+@main.command()
+@click.argument("out")
+def clean(out: str) -> None:
+    """Remove stage folders below OUT/stages that its last finished run does not use."""
+    from curate.engine import runner
+
+    with runner.lock_output(out):
+        removed = runner.clean(out)
+    for name in removed:
+        click.echo(f"removed {name}")
+    click.echo(f"{len(removed)} folders removed")
+
+
+def _load(
+    pipeline: str, inputs: tuple[str, ...], settings: tuple[str, ...], limit: int | None
+) -> Any:
+    from curate.config import load_pipeline, parse_setting
+    from curate.errors import ConfigError
+
+    if not inputs:
+        raise ConfigError("--input: must name at least one path; got none. Add --input PATH.")
+    chosen = [parse_setting(text) for text in settings]
+    chosen.append(("ingest", "inputs", inputs))
+    if limit is not None:
+        chosen.append(("ingest", "limit", limit))
+    return load_pipeline(pipeline, chosen)
+
+
+def _cluster(workers: int | None, scheduler: str | None, cluster_file: str | None) -> Any:
+    from curate.config import read_yaml
+    from curate.engine.workers import ClusterOptions
+    from curate.errors import ConfigError
+
+    given = {"--workers": workers, "--scheduler": scheduler, "--cluster": cluster_file}
+    used = [name for name, value in given.items() if value is not None]
+    if len(used) > 1:
+        raise ConfigError(f"{' and '.join(used)}: must not be combined. Give one of them.")
+    description = None
+    if cluster_file is not None:
+        try:
+            text = Path(cluster_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--cluster {cluster_file}: must be a readable YAML file; {error.strerror}."
+            ) from error
+        description = read_yaml(text, cluster_file)
+        if not isinstance(description, dict):
+            raise ConfigError(f"{cluster_file}: must be a mapping with `kind`. See the README.")
+    return ClusterOptions(workers, scheduler, description)
+
+
+def _carry_out(loaded: Any, out: str, cluster: Any) -> dict[str, Any]:
+    from curate.engine import runner
+    from curate.engine.progress import make_progress
+
+    with runner.lock_output(out), _log_file(out):
+        _warn_of_disk(loaded, out)
+        with make_progress() as progress:
+            return runner.run(loaded, out, cluster, progress)
+
+
+@contextlib.contextmanager
+def _log_file(out: str) -> Iterator[None]:
+    """Append what the run reports to OUT/run.log; warnings also go to the terminal."""
+    from curate import storage
+
+    logger = logging.getLogger("curate")
+    logger.setLevel(logging.INFO)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handlers: list[logging.Handler] = [terminal]
+    if storage.is_local(out):
+        try:
+            handlers.append(logging.FileHandler(storage.filesystem(f"{out}/run.log")[1]))
+        except OSError as error:
+            from curate.errors import OutputError
+
+            raise OutputError(
+                f"{out}: must be writable; {error.strerror}. Choose another --output."
+            ) from error
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _disk_need(loaded: Any) -> int:
+    """Bytes at most: the shards (no more than the input) and what the stages keep per sample."""
+    input_bytes = sum(int(source["size_bytes"]) for source in loaded.stages[0].sources())
+    samples = input_bytes // _GUESSED_SAMPLE_BYTES + 1
+    limit = loaded.stages[0].limit
+    if limit is not None and limit < samples:
+        input_bytes, samples = input_bytes * limit // samples, limit
+    copies = sum(1 + bool(stage.webdataset) for stage in loaded.stages if stage.name == "write")
+    return copies * input_bytes + samples * _STAGE_SAMPLE_BYTES
+
+
+def _warn_of_disk(loaded: Any, out: str) -> None:
+    from curate import storage
+
+    if not storage.is_local(out):
+        return
+    need_bytes = _disk_need(loaded)
+    free_bytes = shutil.disk_usage(storage.filesystem(out)[1]).free
+    logging.getLogger("curate").info("disk: needs about %d bytes, %d free", need_bytes, free_bytes)
+    if need_bytes > free_bytes:
+        logging.getLogger("curate").warning(
+            "%s: may need up to %s and has %s free; the run stops cleanly if it runs out",
+            out, _in_units(need_bytes), _in_units(free_bytes),
+        )  # fmt: skip
+
+
+def _in_units(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def _print_result(summary: dict[str, Any], out: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        from curate.engine.summary import describe_run
+
+        click.echo(describe_run(summary, out))
+    counts = summary.get("counts")
+    if counts is not None and counts["kept"] == 0:
+        raise NothingKeptError(
+            f"{out}: every one of the {counts['ingested']} samples was dropped. The reasons are "
+            f"in {out}/decisions; loosen the rules of `select`, or mend the input."
+        )

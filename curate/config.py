@@ -1,0 +1,223 @@
+"""Pipelines: YAML text to checked, frozen stages."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from curate.errors import ConfigError
+from curate.stages import STAGES
+from curate.stages.base import Stage
+
+__all__ = ["Pipeline", "load_pipeline", "parse_setting", "read_yaml", "shipped_pipelines"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in order, and the text they came from.
+
+    Parameters
+    ----------
+    name : str
+        File name or shipped name.
+    text : str
+        YAML of all parameters, those of the command line included.
+    stages : tuple of Stage
+    """
+
+    name: str
+    text: str
+    stages: tuple[Stage, ...]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse safe YAML.
+
+    Raises
+    ------
+    ConfigError
+        With the line of the fault.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}{line}: must be valid YAML; {problem}. Mend it.") from error
+
+
+def shipped_pipelines() -> list[str]:
+    """Return the names of the pipelines that come with the package."""
+    folder = resources.files("curate.pipelines")
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def parse_setting(text: str) -> tuple[str, str, Any]:
+    """Split `stage.field=value`; the value is YAML.
+
+    Raises
+    ------
+    ConfigError
+    """
+    target, equals, value = text.partition("=")
+    stage, dot, name = target.partition(".")
+    if not equals or not dot or not stage or not name:
+        raise ConfigError(
+            f"--set {text}: must be STAGE.FIELD=VALUE. Write e.g. --set dedup.min_cosine=0.95."
+        )
+    return stage.strip(), name.strip(), read_yaml(value, f"--set {text}:")
+
+
+def load_pipeline(
+    name: str,
+    settings: Sequence[tuple[str, str, Any]] = (),
+) -> Pipeline:
+    """Read and check a pipeline.
+
+    Parameters
+    ----------
+    name : str
+        A file, or the name of a shipped pipeline.
+    settings : sequence of (stage, field, value)
+        Override what the file says.
+
+    Raises
+    ------
+    ConfigError
+        If anything does not hold; the message names the place and the nearest valid word.
+    """
+    where, text = _find(name)
+    content = read_yaml(text, where)
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{where}: must be a mapping of stages; got {_kind(content)}. Mend it.")
+    chosen: dict[str, dict[str, Any]] = {}
+    for stage, fields in content.items():
+        _check_stage(where, stage)
+        if fields is not None and not isinstance(fields, dict):
+            raise ConfigError(
+                f"{where}: {stage} must be a mapping of parameters; got {_kind(fields)}. "
+                f"Write `{stage}: {{}}` for the defaults."
+            )
+        chosen[stage] = dict(fields or {})
+    for stage, field_name, value in settings:
+        if stage not in chosen:
+            near = _nearest(stage, chosen)
+            raise ConfigError(f"--set: this pipeline has no stage {stage!r}.{near}")
+        chosen[stage][field_name] = value
+    stages = tuple(_build(where, stage, fields) for stage, fields in chosen.items())
+    _check_columns(where, stages)
+    return Pipeline(name, yaml.safe_dump(_without_paths(chosen), sort_keys=False), stages)
+
+
+def _find(name: str) -> tuple[str, str]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        try:
+            return name, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ConfigError(f"{name}: must be a readable pipeline file; {reason}.") from error
+    shipped = shipped_pipelines()
+    if name not in shipped:
+        near = _nearest(name, shipped)
+        raise ConfigError(
+            f"{name}: must be a file or one of {', '.join(shipped)}; there is no such thing.{near}"
+        )
+    return name, resources.files("curate.pipelines").joinpath(f"{name}.yaml").read_text("utf-8")
+
+
+def _check_stage(where: str, stage: Any) -> None:
+    if stage not in STAGES:
+        near = _nearest(str(stage), STAGES)
+        raise ConfigError(f"{where}: {stage!r} must be a stage ({', '.join(STAGES)}).{near}")
+
+
+def _build(where: str, stage: str, fields: Mapping[str, Any]) -> Stage:
+    kind = STAGES[stage]
+    for name in fields:
+        if name not in kind.model_fields:
+            near = _nearest(str(name), kind.model_fields)
+            raise ConfigError(f"{where}: {stage} has no parameter {name!r}.{near}")
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([stage, *(str(part) for part in first["loc"])])
+        wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        got = "" if first["type"] == "value_error" else f"; got {first['input']!r}"
+        described = kind.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+        help_text = f" ({described.description})" if described and described.description else ""
+        raise ConfigError(f"{where}: {place} must be {wanted}{got}.{help_text}") from error
+
+
+def _check_columns(where: str, stages: Sequence[Stage]) -> None:
+    """Every column has one writer, and it comes before every reader."""
+    writers: dict[str, str] = {}
+    seen: set[str] = set()
+    for position, stage in enumerate(stages):
+        if position == 0 and stage.name != "ingest":
+            raise ConfigError(f"{where}: the first stage must be ingest; got {stage.name}. Add it.")
+        if stage.name in seen:
+            raise ConfigError(f"{where}: stage {stage.name} must occur once; it occurs twice.")
+        seen.add(stage.name)
+        for column in stage.reads():
+            if column not in writers:
+                owner = next((n for n, k in STAGES.items() if _could_write(k, column)), None)
+                advice = f" Add {owner} before it." if owner else ""
+                raise ConfigError(
+                    f"{where}: {stage.name} reads the column {column}, which no earlier stage "
+                    f"writes.{advice}"
+                )
+        for column in stage.writes():
+            if column in writers:
+                raise ConfigError(
+                    f"{where}: {stage.name} writes {column}, which {writers[column]} already "
+                    "writes. Remove one of them."
+                )
+            writers[column] = stage.name
+
+
+def _could_write(kind: type[Stage], column: str) -> bool:
+    from curate.schema import COLUMNS
+
+    return column in COLUMNS and COLUMNS[column].stage == kind.name
+
+
+def _without_paths(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Leave out what is not part of the recipe: where this run's input lies."""
+    kept = {stage: dict(fields) for stage, fields in chosen.items()}
+    for name in ("inputs", "root"):
+        kept.get("ingest", {}).pop(name, None)
+    return kept
+
+
+def _nearest(word: str, known: Any) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -1,0 +1,1 @@
+"""Copies of a picture: exact, near, and the groups that they form."""

@@ -1,0 +1,1 @@
+"""Plan, run, resume: the loop over stages, and where their tasks are carried out."""

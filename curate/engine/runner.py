@@ -1,0 +1,398 @@
+"""Plan a run, carry it out, prove that nothing was lost, publish it."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from curate import storage
+from curate.config import Pipeline
+from curate.engine.manifest import fingerprint, is_complete, provenance
+from curate.engine.workers import ClusterOptions, Workers
+from curate.errors import CurateError, OutputError, ReconcileError, StorageError
+from curate.stages.base import Room, Stage, Step, Table
+
+__all__ = ["BoundStage", "Progress", "bind", "clean", "lock_output", "plan", "run"]
+
+_LOG = logging.getLogger("curate")
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches it."""
+
+    def begin(self, stage: str, step: str, tasks: int, done: int) -> None:
+        """A step begins; `done` of its tasks were finished before."""
+
+    def advance(self, samples: float) -> None:
+        """One task of the current step ended."""
+
+    def end(self) -> None:
+        """The current step ended."""
+
+
+@dataclass(frozen=True)
+class BoundStage:
+    """A stage with the places of its tables and of everything it reads."""
+
+    stage: Stage
+    room: Room
+    fingerprints: dict[str, str]
+    origins: dict[str, dict[str, Any]] = field(repr=False)
+
+    def missing_steps(self) -> list[Step]:
+        """Steps that must run because a table they serve is missing."""
+        missing = self.room.missing
+        return [s for s in self.stage.steps() if missing & set(s.tables or missing)]
+
+    def done_folder(self, step: Step, table: str) -> str:
+        """Folder of the marks of a step's finished tasks."""
+        return storage.join(self.room.folders[table], "done", step.name)
+
+    def served(self, step: Step) -> list[str]:
+        """Missing tables that a step serves."""
+        return sorted(self.room.missing & set(step.tables or self.room.missing))
+
+    def done_tasks(self, step: Step) -> set[str]:
+        """Tasks of a step that are finished in every table it serves."""
+        marks = [
+            {name.removesuffix(".json") for name in storage.list_names(self.done_folder(step, t))}
+            for t in self.served(step)
+        ]
+        return set.intersection(*marks) if marks else set()
+
+
+def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
+    """Give every stage of a pipeline its folders below OUT.
+
+    The fingerprint of a table is that of the stage's name and version, the parameters that the
+    table depends on, what is read from outside, and the fingerprints of the tables it reads.
+    """
+    prints: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    writers: dict[str, str] = {}
+    bound = []
+    for stage in pipeline.stages:
+        columns = [*stage.reads(), *(c for c in stage.wants() if c in writers)]
+        inputs = {writers[c]: prints[writers[c]] for c in columns}
+        sources = stage.sources()
+        origins = {
+            table.name: {
+                "stage": stage.name,
+                "table": table.name,
+                "version": stage.version,
+                "parameters": _hashed_fields(stage, table),
+                "sources": sources,
+                "inputs": inputs,
+            }
+            for table in stage.tables()
+        }
+        own = {name: fingerprint(origin) for name, origin in origins.items()}
+        places = {name: storage.join(out, "stages", f"{name}-{own[name]}") for name in own}
+        missing = frozenset(name for name in own if not is_complete(places[name]))
+        folders = {**folders, **places}
+        room = Room(stage, folders, dict(writers), missing, ingest=pipeline.stages[0])
+        bound.append(BoundStage(stage, room, own, origins))
+        prints.update(own)
+        writers.update({column: table.name for table in stage.tables() for column in table.columns})
+    return bound
+
+
+def _hashed_fields(stage: Stage, table: Table) -> dict[str, Any]:
+    values = stage.model_dump(mode="json")
+    for name, declared in type(stage).model_fields.items():
+        extra = declared.json_schema_extra
+        if isinstance(extra, dict) and extra.get("execution_only"):
+            values.pop(name)
+    return values if table.fields is None else {name: values[name] for name in table.fields}
+
+
+def plan(pipeline: Pipeline, out: str) -> list[dict[str, Any]]:
+    """Describe what a run would do, without doing any of it.
+
+    Returns
+    -------
+    list of dict
+        One per table: `stage`, `table`, `folder`, `state` (done | resume | new), `why`, and
+        `steps`: name, tasks (null until earlier steps are done) and done.
+    """
+    rows = []
+    for bound in bind(pipeline, out):
+        for table in bound.stage.tables():
+            rows.append(_plan_table(bound, table, out))
+    return rows
+
+
+def _plan_table(bound: BoundStage, table: Table, out: str) -> dict[str, Any]:
+    folder = bound.room.folders[table.name]
+    row: dict[str, Any] = {"stage": bound.stage.name, "table": table.name, "folder": folder}
+    if table.name not in bound.room.missing:
+        return {**row, "state": "done", "why": "complete", "steps": []}
+    started = storage.exists(storage.join(folder, "origin.json"))
+    why = "was begun and not finished" if started else _why_new(bound, table, out)
+    steps = []
+    for step in bound.missing_steps():
+        if table.name in bound.served(step):
+            done = len(bound.done_tasks(step))
+            steps.append({"step": step.name, "tasks": _count_tasks(bound, step), "done": done})
+    return {**row, "state": "resume" if started else "new", "why": why, "steps": steps}
+
+
+def _count_tasks(bound: BoundStage, step: Step) -> int | None:
+    try:
+        return len(step.tasks(bound.room))
+    except FileNotFoundError:  # names come from a file that an earlier step has yet to write
+        return None
+
+
+def _why_new(bound: BoundStage, table: Table, out: str) -> str:
+    """Say how this table differs from the latest one of the same name, if there is one."""
+    stages = storage.join(out, "stages")
+    earlier = [n for n in storage.list_names(stages) if n.rpartition("-")[0] == table.name]
+    wanted = bound.origins[table.name]
+    best: list[str] | None = None
+    for name in earlier:
+        path = storage.join(stages, name, "origin.json")
+        if storage.exists(path):
+            changes = _differences(storage.read_json(path), wanted)
+            best = changes if best is None or len(changes) < len(best) else best
+    return "no earlier result" if best is None else "; ".join(best)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changes = []
+    if before["version"] != now["version"]:
+        changes.append(f"stage version {before['version']} -> {now['version']}")
+    old, new = before["parameters"], now["parameters"]
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            changes.append(f"{now['stage']}.{name} {old.get(name)} -> {new.get(name)}")
+    if before["sources"] != now["sources"]:
+        changes.append("input files changed")
+    for name in sorted({*before["inputs"], *now["inputs"]}):
+        if before["inputs"].get(name) != now["inputs"].get(name):
+            changes.append(f"input {name} changed")
+    return changes or ["earlier result was removed"]
+
+
+@contextlib.contextmanager
+def lock_output(out: str) -> Iterator[None]:
+    """Hold OUT for this process; killed processes release it.
+
+    Raises
+    ------
+    OutputError
+        If OUT is not ours, not writable, or in use.
+    """
+    names = [name for name in storage.list_names(out) if name != ".lock"]
+    if names and "run.json" not in names:
+        raise OutputError(
+            f"{out}: must be empty or hold an earlier run; found {names[0]!r} and no run.json. "
+            "Choose another --output."
+        )
+    try:
+        storage.make_folder(out)
+    except StorageError as error:
+        raise OutputError(str(error)) from error
+    if not storage.is_local(out):
+        yield  # object stores have no lock that a killed process would release
+        return
+    lock = FileLock(storage.filesystem(storage.join(out, ".lock"))[1])
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"{out}: must not be in use; another run holds it. Wait for it, or choose another "
+            "--output."
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"{out}: must be writable; {error.strerror or error}. Choose another --output."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run(
+    pipeline: Pipeline, out: str, options: ClusterOptions, progress: Progress
+) -> dict[str, Any]:
+    """Carry out a pipeline into OUT, which the caller holds locked.
+
+    Finished work is found and not repeated; unfinished work is resumed.
+
+    Returns
+    -------
+    dict
+        What `run.json` holds.
+
+    Raises
+    ------
+    CurateError
+    """
+    begun = time.monotonic()
+    if not storage.exists(storage.join(out, "run.json")):
+        # The mark that OUT is ours, should this run be killed before it ends.
+        _commit_run(out, {"status": "unfinished", "pipeline": pipeline.text})
+    stages = bind(pipeline, out)
+    unfinished = [bound for bound in stages if bound.room.missing]
+    with Workers(options, out) as workers:
+        for bound in unfinished:
+            _run_stage(bound, workers, progress)
+    summary = _summarise(pipeline, stages, time.monotonic() - begun)
+    published = [name for bound in stages for name in publish(bound, out)]
+    previous = storage.read_json(storage.join(out, "run.json"))
+    if not unfinished and not published and previous.get("status") == "finished":
+        return dict(previous, computed=False)
+    _commit_run(out, summary)
+    return dict(summary, computed=True)
+
+
+def _commit_run(out: str, value: dict[str, Any]) -> None:
+    try:
+        storage.commit_json(storage.join(out, "run.json"), value)
+    except StorageError as error:
+        raise OutputError(str(error)) from error
+
+
+def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
+    workers.start()
+    stage, room = bound.stage, replace(bound.room, threads=workers.threads)
+    for name in sorted(room.missing):
+        storage.clear_temporaries(room.folders[name])
+        storage.commit_json(storage.join(room.folders[name], "origin.json"), bound.origins[name])
+    seconds: dict[str, float] = {}
+    for step in bound.missing_steps():
+        done = bound.done_tasks(step)
+        tasks = step.tasks(room)
+        left = [task for task in tasks if task not in done]
+        _LOG.info("%s.%s: %d tasks, %d done before", stage.name, step.name, len(tasks), len(done))
+        progress.begin(stage.name, step.name, len(tasks), len(tasks) - len(left))
+        begun = time.monotonic()
+        if left:
+            folders = [bound.done_folder(step, table) for table in bound.served(step)]
+            for _task, counts in workers.map(_execute, left, room, step.name, folders):
+                progress.advance(counts.get("samples", 0))
+        seconds[step.name] = time.monotonic() - begun
+        progress.end()
+    for name in sorted(room.missing):
+        _commit_manifest(bound, name, seconds)
+
+
+def _execute(
+    room: Room, step_name: str, done_folders: Sequence[str], task: str
+) -> dict[str, float]:
+    """Run one task on a worker and mark it done."""
+    from threadpoolctl import threadpool_limits
+
+    step = next(step for step in room.stage.steps() if step.name == step_name)
+    begun = time.monotonic()
+    try:
+        with threadpool_limits(room.threads):
+            counts = step.run(room, task)
+    except CurateError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{room.stage.name}.{step_name}, task {task}: {error}. "
+            "Run the same command again to resume."
+        ) from error
+    record = {"busy_seconds": round(time.monotonic() - begun, 3), **counts}
+    for folder in done_folders:
+        storage.commit_json(storage.join(folder, f"{task}.json"), record)
+    return counts
+
+
+def _commit_manifest(bound: BoundStage, table: str, seconds: dict[str, float]) -> None:
+    steps = {}
+    for step in bound.stage.steps():
+        if step.tables is not None and table not in step.tables:
+            continue
+        folder = storage.join(bound.room.folders[table], "done", step.name)
+        total: dict[str, float] = {}
+        names = storage.list_names(folder)
+        for name in names:
+            for key, value in storage.read_json(storage.join(folder, name)).items():
+                total[key] = total.get(key, 0) + value
+        wall = round(seconds.get(step.name, 0.0), 3)
+        steps[step.name] = {"tasks": len(names), "wall_seconds": wall, **total}
+    manifest = {**bound.origins[table], "versions": provenance(), "steps": steps}
+    storage.commit_json(storage.join(bound.room.folders[table], "manifest.json"), manifest)
+
+
+def publish(bound: BoundStage, out: str) -> list[str]:
+    """Make OUT/<name> hold what a finished stage publishes; return the names that changed."""
+    changed = []
+    for name in bound.stage.publishes:
+        source = bound.room.path(name)
+        if storage.mirror(source, storage.join(out, name)):
+            changed.append(name)
+    return changed
+
+
+def _summarise(pipeline: Pipeline, finished: list[BoundStage], seconds: float) -> dict[str, Any]:
+    stages: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for bound in finished:
+        for table in bound.stage.tables():
+            folder = bound.room.folders[table.name]
+            manifest = storage.read_json(storage.join(folder, "manifest.json"))
+            stages[table.name] = {
+                "fingerprint": bound.fingerprints[table.name],
+                "parameters": manifest["parameters"],
+                "steps": manifest["steps"],
+                "versions": manifest["versions"],
+            }
+        found = bound.stage.facts(bound.room)
+        if found:
+            facts[bound.stage.name] = found
+    counts = facts.get("select", {}).get("counts")
+    if counts is not None:
+        _reconcile(counts)
+    return {
+        "status": "finished",
+        "name": pipeline.name,
+        "pipeline": pipeline.text,
+        "wall_seconds": round(seconds, 3),
+        "counts": counts,
+        "facts": facts,
+        "stages": stages,
+        "versions": provenance(),
+    }
+
+
+def _reconcile(counts: dict[str, Any]) -> None:
+    dropped = sum(counts["dropped"].values())
+    if counts["kept"] + dropped != counts["ingested"]:
+        raise ReconcileError(
+            f"select: kept + dropped must be the {counts['ingested']} ingested; got "
+            f"{counts['kept']} + {dropped}. This is a defect of curate; please report it."
+        )
+
+
+def clean(out: str) -> list[str]:
+    """Remove stage folders that OUT's last finished run does not refer to; return their names.
+
+    Raises
+    ------
+    OutputError
+        If OUT holds no finished run.
+    """
+    path = storage.join(out, "run.json")
+    last = storage.read_json(path) if storage.exists(path) else {}
+    if last.get("status") != "finished":
+        raise OutputError(
+            f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
+            "remove the folder."
+        )
+    used = {f"{name}-{table['fingerprint']}" for name, table in last["stages"].items()}
+    removed = []
+    for name in storage.list_names(storage.join(out, "stages")):
+        if name not in used:
+            storage.remove(storage.join(out, "stages", name))
+            removed.append(name)
+    return removed

@@ -1,0 +1,74 @@
+"""The end of a run, for people."""
+
+from typing import Any
+
+__all__ = ["describe_run"]
+
+
+def describe_run(summary: dict[str, Any], out: str) -> str:
+    """Return the table printed after a run: counts, reasons, time per stage, where to look.
+
+    Parameters
+    ----------
+    summary : dict
+        What `run.json` holds, and `computed`.
+    out : str
+    """
+    lines: list[str] = []
+    counts = summary.get("counts")
+    if counts is not None:
+        lines += _describe_counts(counts)
+    if summary.get("computed", True):
+        lines += ["", *_describe_time(summary)]
+    else:
+        lines += ["", "Nothing to do: every stage was complete."]
+    lines += ["", *_describe_facts(summary.get("facts", {}))]
+    lines += [
+        f"Decisions  {out}/decisions",
+        f"Shards     {out}/shards",
+        f"Figures    {out}/run.json",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_counts(counts: dict[str, Any]) -> list[str]:
+    total = max(counts["ingested"], 1)
+    rows = [("in", counts["ingested"]), ("kept", counts["kept"])]
+    rows += [(f"  {code}", number) for code, number in counts["dropped"].items()]
+    return [f"{name:<26}{number:>10}{number / total:>8.1%}" for name, number in rows]
+
+
+def _describe_time(summary: dict[str, Any]) -> list[str]:
+    lines = [f"{'stage':<26}{'seconds':>10}{'samples/s':>11}"]
+    by_stage: dict[str, tuple[float, float]] = {}
+    for table, facts in summary["stages"].items():
+        stage = table.partition(".")[0]
+        seconds = sum(step["wall_seconds"] for step in facts["steps"].values())
+        samples = max((step.get("samples", 0) for step in facts["steps"].values()), default=0)
+        # Side tables of one stage are filled by the same pass: it is counted once.
+        known = by_stage.get(stage, (0.0, 0.0))
+        by_stage[stage] = (max(known[0], seconds), max(known[1], samples))
+    for stage, (seconds, samples) in by_stage.items():
+        rate = f"{samples / seconds:.0f}" if seconds else ""
+        lines.append(f"{stage:<26}{seconds:>10.1f}{rate:>11}")
+    lines.append(f"{'all':<26}{summary['wall_seconds']:>10.1f}")
+    return lines
+
+
+def _describe_facts(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    recall = facts.get("dedup", {}).get("recall", {})
+    if recall.get("recall") is not None:
+        lines.append(
+            f"Duplicate pairs found, of those that brute force finds: {recall['recall']:.2%} "
+            f"({recall['rows']} samples)"
+        )
+    share = facts.get("score", {}).get("mismatch_share")
+    if share is not None:
+        lines.append(f"Estimated share of mismatched captions: {share:.1%}")
+    mismatch = facts.get("select", {}).get("mismatch")
+    if mismatch and mismatch["expected_rate"] is not None:
+        lines.append(f"Expected among the kept: {mismatch['expected_rate']:.1%}")
+    if mismatch and mismatch["unscored"]:
+        lines.append(f"Warning: {mismatch['unscored']} samples have no score and were not judged")
+    return lines

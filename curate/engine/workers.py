@@ -1,0 +1,265 @@
+"""The only place that knows Dask: map one function over task names, on whatever cluster."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curate import __version__, storage
+from curate.errors import ConfigError, CurateError, WorkerError
+
+__all__ = ["ClusterOptions", "Workers", "count_cores", "count_gpus"]
+
+#: Tasks handed to the scheduler ahead of the workers, per worker: enough to keep them busy, few
+#: enough that a run of a million tasks does not live in the scheduler.
+_AHEAD = 4
+
+_CLUSTERS = {
+    "local": ("distributed", "LocalCluster"),
+    "local-cuda": ("dask_cuda", "LocalCUDACluster"),
+    "slurm": ("dask_jobqueue", "SLURMCluster"),
+    "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
+}
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Where tasks run; never part of a fingerprint.
+
+    Parameters
+    ----------
+    workers : int, optional
+        Worker processes of the local cluster; default: one per GPU, else one per core.
+    scheduler : str, optional
+        Address of a running Dask scheduler to use instead.
+    cluster : dict, optional
+        `kind` (local, local-cuda, slurm, kubernetes), `workers`, and that class's arguments.
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    cluster: dict[str, Any] | None = None
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_gpus() -> int:
+    """Return the NVIDIA GPUs that this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    devices = Path("/proc/driver/nvidia/gpus")
+    return len(list(devices.iterdir())) if devices.is_dir() else 0
+
+
+class Workers:
+    """A Dask client that is started by the first map and closed with the block.
+
+    Parameters
+    ----------
+    options : ClusterOptions
+    out : str
+        OUT, which every worker must be able to see.
+    """
+
+    def __init__(self, options: ClusterOptions, out: str) -> None:
+        self._options = options
+        self._out = out
+        self._stack = contextlib.ExitStack()
+        self._client: Any = None
+        self.count = 0
+        self.threads = 1
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._client = None
+
+    def map(
+        self, function: Callable[..., Any], tasks: Sequence[str], *arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (task, `function(*arguments, task)`) as tasks end, in any order.
+
+        Raises
+        ------
+        CurateError
+            Whatever a task raised, or WorkerError if workers kept dying under it.
+        """
+        self.start()
+        client = self._client
+        from distributed import as_completed
+
+        waiting = iter(tasks)
+        running = as_completed(loop=client.loop, with_results=False, raise_errors=False)
+        names: dict[str, str] = {}
+
+        def submit_next() -> None:
+            task = next(waiting, None)
+            if task is None:
+                return
+            future = client.submit(function, *arguments, task, pure=False, retries=0)
+            names[future.key] = task
+            running.add(future)
+
+        for _ in range(max(1, self.count) * _AHEAD):
+            submit_next()
+        for future in running:
+            task = names.pop(future.key)
+            result = _result(future, task)
+            submit_next()
+            yield task, result
+
+    def start(self) -> None:
+        """Start or reach the cluster, unless that was done before."""
+        if self._client is not None:
+            return
+        if self._options.scheduler is not None:
+            client = self._connect(self._options.scheduler)
+        elif self._options.cluster is not None:
+            client = self._launch(dict(self._options.cluster))
+        else:
+            client = self._local()
+        self._client = client
+
+    def _local(self) -> Any:
+        import dask
+        from distributed import Client, LocalCluster
+
+        cores, gpus = count_cores(), count_gpus()
+        self.count = self._options.workers or gpus or cores
+        self.threads = max(1, cores // self.count)
+        scratch = tempfile.mkdtemp(prefix="curate-dask-")
+        self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        logging.getLogger("distributed").setLevel(logging.ERROR)
+        dask.config.set({"distributed.nanny.pre-spawn-environ": _thread_environment(self.threads)})
+        cluster = self._stack.enter_context(
+            LocalCluster(
+                n_workers=self.count,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=None,
+                local_directory=scratch,
+                memory_limit=0,  # tasks keep nothing in Dask; pausing workers would only stall them
+                silence_logs=logging.ERROR,
+            )
+        )
+        return self._stack.enter_context(Client(cluster, set_as_default=False))
+
+    def _launch(self, description: dict[str, Any]) -> Any:
+        from importlib import import_module
+
+        from distributed import Client
+
+        kind = description.pop("kind", None)
+        if kind not in _CLUSTERS:
+            raise ConfigError(
+                f"--cluster: kind must be one of {', '.join(_CLUSTERS)}; got {kind!r}. Set it."
+            )
+        module, name = _CLUSTERS[kind]
+        workers = description.pop("workers", None)
+        try:
+            cluster = getattr(import_module(module), name)(**description)
+        except ImportError as error:
+            package = module.split(".")[0].replace("_", "-")
+            raise ConfigError(
+                f"--cluster: kind {kind} needs the package {package}; it is not installed. "
+                f"Run pip install {package}."
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--cluster: {name} refused its arguments: {error}.") from error
+        self._stack.enter_context(cluster)
+        if workers is not None:
+            cluster.scale(int(workers))
+        client = self._stack.enter_context(Client(cluster, set_as_default=False))
+        client.wait_for_workers(1, timeout=600)
+        self._check(client)
+        return client
+
+    def _connect(self, address: str) -> Any:
+        from distributed import Client
+
+        try:
+            client = Client(address, timeout=10, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise WorkerError(
+                f"--scheduler {address}: must be a running Dask scheduler; none answered. "
+                "Start one with `dask scheduler`, or leave the option out."
+            ) from error
+        self._stack.enter_context(client)
+        try:
+            client.wait_for_workers(1, timeout=30)
+        except TimeoutError as error:
+            raise WorkerError(
+                f"--scheduler {address}: must have workers; none came within 30 s. "
+                "Start some with `dask worker`."
+            ) from error
+        self._check(client)
+        return client
+
+    def _check(self, client: Any) -> None:
+        """Refuse workers that do not see OUT or run other versions than this process."""
+        from curate.engine.manifest import provenance
+
+        self.count = len(client.scheduler_info(n_workers=-1)["workers"])
+        here = {"curate": __version__, **provenance()}
+        probe = storage.join(self._out, f"{storage.TEMPORARY_PREFIX}probe")
+        storage.commit_bytes(probe, b"seen")
+        try:
+            answers = client.run(_describe_worker, probe)
+        except ImportError as error:
+            raise WorkerError(
+                f"workers: must have curate {__version__} installed; {error}. Install it there."
+            ) from error
+        finally:
+            storage.remove(probe)
+        for worker, (sees, versions) in answers.items():
+            if not sees:
+                raise WorkerError(
+                    f"worker {worker}: must see {self._out}; it does not. Use a shared folder "
+                    "or an object store as --output."
+                )
+            for package, version in here.items():
+                if versions.get(package) != version:
+                    raise WorkerError(
+                        f"worker {worker}: must have {package} {version}; it has "
+                        f"{versions.get(package, 'none')}. Install the same versions there."
+                    )
+
+
+def _describe_worker(probe: str) -> tuple[bool, dict[str, str]]:
+    from curate.engine.manifest import provenance
+
+    return storage.exists(probe), provenance()
+
+
+def _thread_environment(threads: int) -> dict[str, int]:
+    # Set before the workers import numpy or torch: their pools read these once.
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return dict.fromkeys(names, threads)
+
+
+def _result(future: Any, task: str) -> Any:
+    from distributed.scheduler import KilledWorker
+
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, CurateError):
+        raise error
+    if isinstance(error, KilledWorker):
+        raise WorkerError(
+            f"task {task}: must not exhaust its worker; the worker died {error.allowed_failures} "
+            "times (out of memory?). Use fewer --workers, then run again to resume."
+        ) from error
+    raise error

@@ -1,0 +1,1 @@
+"""Folds, mismatch, rarity: arrays in, arrays out."""

@@ -1,0 +1,136 @@
+"""Which cluster is left out of which proxy: complementary halves, drawn by hash.
+
+A draw depends on the seed and on the cluster's id alone, never on the position of a row, the
+shard it lies in or the worker that asks.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+__all__ = ["MAX_BLOCK_BITS", "block_masks", "draw_blocks", "draw_masks", "hash_unit"]
+
+Array = np.ndarray[Any, Any]
+
+#: Clusters fall into at most 2**4 blocks and a proxy sees half of the blocks, so that there are
+#: always pairs of samples that exactly the same proxies left out: phantoms are made of those.
+MAX_BLOCK_BITS = 4
+
+
+def hash_unit(keys: Sequence[str], seed: int, purpose: str) -> Array:
+    """Return a uniform number for each key.
+
+    Parameters
+    ----------
+    keys : sequence of str, length N
+    seed : int
+    purpose : str
+        Draws for different purposes are independent.
+
+    Returns
+    -------
+    (N,) float64, [0, 1)
+    """
+    salt = blake2b(f"{purpose}:{seed}".encode(), digest_size=16).digest()
+    digests = b"".join(blake2b(k.encode(), digest_size=8, key=salt).digest() for k in keys)
+    # 53 bits are what a float64 in [0, 1) holds exactly.
+    return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+
+
+def _check_proxies(proxies: int) -> None:
+    if proxies < 2 or proxies % 2:
+        raise ValueError(f"proxies: must be even and at least 2; got {proxies}")
+
+
+def draw_blocks(cluster_ids: Sequence[str], proxies: int, seed: int) -> Array:
+    """Assign every cluster to a block; samples of one block are in and out together.
+
+    Parameters
+    ----------
+    cluster_ids : sequence of str, length N
+    proxies : int
+        P, even and at least 2.
+    seed : int
+
+    Returns
+    -------
+    (N,) int32, [0, 2**min(P / 2, MAX_BLOCK_BITS))
+
+    Raises
+    ------
+    ValueError
+        If P is odd or below 2.
+    """
+    _check_proxies(proxies)
+    blocks = 2 ** min(proxies // 2, MAX_BLOCK_BITS)
+    return (hash_unit(cluster_ids, seed, "block") * blocks).astype(np.int32)
+
+
+def block_masks(proxies: int, seed: int) -> Array:
+    """Tell which blocks each proxy trains on.
+
+    Proxies 2m and 2m + 1 are complements. The first pairs split the blocks by one bit of their
+    number each, so that their splits are independent; further pairs split them at random into
+    halves.
+
+    Parameters
+    ----------
+    proxies : int
+        P, even and at least 2.
+    seed : int
+
+    Returns
+    -------
+    (blocks, P) bool
+        Every row holds exactly P / 2 times True; so does every column half of the blocks.
+
+    Raises
+    ------
+    ValueError
+        If P is odd or below 2.
+    """
+    _check_proxies(proxies)
+    bits = min(proxies // 2, MAX_BLOCK_BITS)
+    number = np.arange(2**bits)
+    masks = np.zeros((len(number), proxies), bool)
+    for pair in range(proxies // 2):
+        if pair < bits:
+            first = (number >> pair) % 2 == 0
+        else:
+            order = hash_unit([str(n) for n in number], seed, f"pair {pair}").argsort()
+            first = np.isin(number, order[: len(number) // 2])
+        masks[:, 2 * pair] = first
+        masks[:, 2 * pair + 1] = ~first
+    return masks
+
+
+def draw_masks(cluster_ids: Sequence[str], proxies: int, seed: int) -> Array:
+    """Tell which samples each proxy trains on.
+
+    Parameters
+    ----------
+    cluster_ids : sequence of str, length N
+        Samples of one cluster are in and out together: a twin left in would mean that nothing
+        was left out.
+    proxies : int
+        P, even and at least 2.
+    seed : int
+
+    Returns
+    -------
+    (N, P) bool
+        Every row holds exactly P / 2 times True.
+
+    Raises
+    ------
+    ValueError
+        If P is odd or below 2.
+
+    References
+    ----------
+    Feldman and Zhang, What Neural Networks Memorize and Why (arXiv:2008.03703), section 2:
+    random subsets, each sample in a fixed share of them.
+    """
+    return block_masks(proxies, seed)[draw_blocks(cluster_ids, proxies, seed)]

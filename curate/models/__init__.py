@@ -1,0 +1,20 @@
+"""Pretrained towers and proxies: the only room that imports torch."""
+
+__all__ = ["parse_encoder"]
+
+
+def parse_encoder(name: str) -> tuple[str, str, str]:
+    """Split an encoder's name into family, model and weights.
+
+    Raises
+    ------
+    ValueError
+        If it is neither `offline` nor `open_clip:MODEL/PRETRAINED`.
+    """
+    if name == "offline":
+        return "offline", "", ""
+    family, _, rest = name.partition(":")
+    model, _, weights = rest.partition("/")
+    if family != "open_clip" or not model or not weights:
+        raise ValueError("`offline` or `open_clip:MODEL/PRETRAINED` (a tag, or a local checkpoint)")
+    return family, model, weights

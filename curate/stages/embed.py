@@ -1,0 +1,325 @@
+"""embed: the only decode. Vectors, pixel facts and thumbnails in one pass over the images."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from curate import storage
+from curate.formats.pixels import Decoded, decode, make_thumbnail
+from curate.models import parse_encoder
+from curate.schema import select_schema
+from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+
+if TYPE_CHECKING:
+    from curate.models.encoders import Encoder, Precision
+
+__all__ = ["Embed"]
+
+_LOCATION = ("source_file", "member", "offset", "size_bytes", "row_group", "row", "ingest_reason")
+#: Longest side of thumbnails: what proxies train on and the report shows.
+_THUMBNAIL_PX = 128
+#: Text batches are small on a CPU: captions of one length are few in a small shard, and batches
+#: are filled up to a fixed size.
+_BATCH = {"cpu": {"image": 32, "text": 16}, "cuda": {"image": 256, "text": 256}}
+_PROBE_SAMPLES = 16
+
+
+class Embed(Stage):
+    """Decode every image once; hash it, measure it, thumbnail it, and embed the pair."""
+
+    name: ClassVar[str] = "embed"
+
+    encoder: str = Field(
+        "offline",
+        description="`offline`, or `open_clip:MODEL/PRETRAINED` with a tag or a local checkpoint",
+    )
+    max_pixels: int = Field(
+        100_000_000, description="larger images are not decoded: `too_many_pixels`", ge=1
+    )
+
+    @field_validator("encoder")
+    @classmethod
+    def _check_encoder(cls, value: str) -> str:
+        parse_encoder(value)
+        return value
+
+    def reads(self) -> tuple[str, ...]:
+        return (*_LOCATION, "caption")
+
+    def tables(self) -> tuple[Table, ...]:
+        pixels = ("width", "height", "sha256", "decode_reason")
+        vectors = ("image_emb", "text_emb", "clip_score")
+        return (
+            Table("embed.vectors", vectors, ("encoder", "max_pixels")),
+            Table("embed.pixels", pixels, ("max_pixels",)),
+            Table("embed.thumbnails", ("thumbnail",), ("max_pixels",)),
+        )
+
+    def steps(self) -> tuple[Step, ...]:
+        return (
+            Step("probe", _probe, one_task, ("embed.vectors",)),
+            Step("shards", _embed_shard, shard_tasks),
+        )
+
+    def sources(self) -> list[dict[str, Any]]:
+        weights = Path(parse_encoder(self.encoder)[2])
+        if not weights.is_file():
+            return []
+        with weights.open("rb") as file:
+            return [{"digest": hashlib.file_digest(file, "sha256").hexdigest()}]
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        return {"precision": storage.read_json(room.path("precision.json"))}
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, device: str) -> "Encoder":
+    # Kept between the tasks of one worker: loading takes seconds.
+    from curate.models.encoders import load_encoder
+
+    return load_encoder(name, device)
+
+
+def _probe(room: Room, task: str) -> dict[str, float]:
+    """Commit `precision.json`: device and number format, obeyed by every worker and resume."""
+    from curate.models.encoders import torch_threads
+    from curate.models.precision import choose_precision, pick_device
+
+    stage = _stage(room)
+    device = pick_device()
+    with torch_threads(1):
+        encoder = _load(stage.encoder, device)
+        images, captions = _probe_samples(room, encoder)
+        if not images:
+            images = [np.zeros((3, encoder.image_px, encoder.image_px), np.float32)]
+        tokens = _pad_tokens(encoder, encoder.tokenize(captions or [""]))
+        sizes = _BATCH[device]
+        chosen = choose_precision(encoder, device, np.stack(images), tokens)
+    precision = {"device": device, "torch_threads": 1, "batch": sizes, **chosen}
+    storage.commit_json(room.path("precision.json"), precision)
+    return {}
+
+
+def _probe_samples(room: Room, encoder: "Encoder") -> tuple[list[Any], list[str]]:
+    """Return the first decodable images of the first shards, and captions."""
+    images: list[Any] = []
+    captions: list[str] = []
+    for shard in room.shards()[:4]:
+        index = room.read(shard, [*_LOCATION, "caption"]).slice(0, 2 * _PROBE_SAMPLES)
+        captions += [caption for caption in index["caption"].to_pylist() if caption]
+        for data in room.open_images(index):
+            found = decode(data, 10_000_000, encoder.image_px) if data else None
+            if found and found.image is not None:
+                images.append(encoder.prepare(found.image))
+            if len(images) == _PROBE_SAMPLES:
+                return images, captions[:_PROBE_SAMPLES]
+    return images, captions[:_PROBE_SAMPLES]
+
+
+def _stage(room: Room) -> Embed:
+    assert isinstance(room.stage, Embed)
+    return room.stage
+
+
+@dataclass
+class _Sample:
+    """What one decode yields."""
+
+    decoded: Decoded
+    sha256: str | None
+    thumbnail: bytes | None
+    prepared: Any
+
+
+def _embed_shard(room: Room, shard: str) -> dict[str, float]:
+    from curate.models.encoders import Precision, torch_threads
+
+    stage = _stage(room)
+    index = room.read(shard, [*_LOCATION, "caption"])
+    uids = index.select(["uid"])
+    if "embed.vectors" not in room.missing:
+        samples = [_strip(s) for s in _decode_all(room, index, stage.max_pixels, None)]
+        _commit_facts(room, shard, uids, samples)
+        return _counts(samples)
+    choice = storage.read_json(room.path("precision.json"))
+    encoder = _load(stage.encoder, choice["device"])
+    image_precision, text_precision = (
+        Precision(choice[tower]["dtype"], choice[tower]["channels_last"])
+        for tower in ("image", "text")
+    )
+    with torch_threads(choice["torch_threads"]):
+        decoded = _decode_all(room, index, stage.max_pixels, encoder)
+        samples, images, has_image = _encode_images(
+            encoder, decoded, len(index), choice["batch"]["image"], image_precision
+        )
+        captions = index["caption"].to_pylist()
+        texts, has_text = _encode_texts(encoder, captions, choice["batch"]["text"], text_precision)
+    vectors = _vector_table(uids, encoder, images, has_image, texts, has_text)
+    room.commit_shard("embed.vectors", shard, vectors)
+    _commit_facts(room, shard, uids, samples)
+    return _counts(samples)
+
+
+def _decode_all(
+    room: Room, index: pa.Table, max_pixels: int, encoder: "Encoder | None"
+) -> Iterator[_Sample]:
+    """Decode a shard's images in order, ahead of the encoder where there are cores for it."""
+    working_px = max(_THUMBNAIL_PX, encoder.image_px if encoder else 0)
+
+    def work(data: bytes | None) -> _Sample:
+        if not data:
+            reason = None if data is None else "image_empty"
+            return _Sample(Decoded(None, None, None, reason), None, None, None)
+        decoded = decode(data, max_pixels, working_px)
+        digest = hashlib.sha256(data).hexdigest()
+        if decoded.image is None:
+            return _Sample(decoded, digest, None, None)
+        thumbnail = None
+        if "embed.thumbnails" in room.missing:
+            thumbnail = make_thumbnail(decoded.image, _THUMBNAIL_PX)
+        prepared = encoder.prepare(decoded.image) if encoder else None
+        return _Sample(_without_image(decoded), digest, thumbnail, prepared)
+
+    images = room.open_images(index)
+    if room.threads < 2:
+        yield from map(work, images)
+        return
+    # One core stays for the encoder; Pillow and hashing release the interpreter's lock.
+    with ThreadPoolExecutor(room.threads - 1) as pool:
+        ahead = [pool.submit(work, data) for data in islice(images, 4 * room.threads)]
+        while ahead:
+            done = ahead.pop(0).result()
+            ahead += [pool.submit(work, data) for data in islice(images, 1)]
+            yield done
+
+
+def _without_image(decoded: Decoded) -> Decoded:
+    return Decoded(None, decoded.width, decoded.height, decoded.reason)
+
+
+def _strip(sample: _Sample) -> _Sample:
+    sample.prepared = None
+    return sample
+
+
+def _encode_images(
+    encoder: "Encoder",
+    decoded: Iterator[_Sample],
+    count: int,
+    size: int,
+    precision: "Precision",
+) -> tuple[list[_Sample], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Fill batches across samples; return samples, (N, D) float16 and (N,) bool."""
+    from curate.models.encoders import pad_rows
+
+    vectors = np.zeros((count, encoder.image_width), np.float16)
+    valid = np.zeros(count, bool)
+    samples: list[_Sample] = []
+    rows: list[int] = []
+    batch: list[Any] = []
+
+    def flush() -> None:
+        if batch:
+            out = encoder.encode_images(pad_rows(np.stack(batch), size), precision)
+            vectors[rows] = out[: len(batch)]
+            valid[rows] = True
+            batch.clear()
+            rows.clear()
+
+    for row, sample in enumerate(decoded):
+        samples.append(sample)
+        if sample.prepared is not None:
+            rows.append(row)
+            batch.append(sample.prepared)
+            sample.prepared = None
+            if len(batch) == size:
+                flush()
+    flush()
+    return samples, vectors, valid
+
+
+def _encode_texts(
+    encoder: "Encoder", captions: list[str | None], size: int, precision: "Precision"
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Embed captions in batches of equal padded length: (N, D) float16 and (N,) bool."""
+    from curate.models.encoders import batches, pad_rows
+
+    vectors = np.zeros((len(captions), encoder.text_width), np.float16)
+    valid = np.array([bool(caption and caption.strip()) for caption in captions], bool)
+    rows = np.flatnonzero(valid)
+    tokens = encoder.tokenize([captions[row] or "" for row in rows])
+    lengths = np.array([_padded_length(encoder, len(one)) for one in tokens], int)
+    for length in np.unique(lengths):
+        chosen = np.flatnonzero(lengths == length)
+        for part in batches(len(chosen), size):
+            block = chosen[part]
+            ids = _pad_tokens(encoder, [tokens[one] for one in block])
+            out = encoder.encode_texts(pad_rows(ids, size), precision)
+            vectors[rows[block]] = out[: len(block)]
+    return vectors, valid
+
+
+def _padded_length(encoder: "Encoder", length: int) -> int:
+    return next((one for one in encoder.text_lengths if one >= length), encoder.text_lengths[-1])
+
+
+def _pad_tokens(encoder: "Encoder", tokens: list[Any]) -> np.ndarray[Any, Any]:
+    width = max(_padded_length(encoder, len(one)) for one in tokens)
+    ids = np.full((len(tokens), width), encoder.pad_id, np.int64)
+    for row, one in enumerate(tokens):
+        ids[row, : len(one)] = one[:width]
+    return ids
+
+
+def _vector_table(
+    uids: pa.Table,
+    encoder: "Encoder",
+    images: np.ndarray[Any, Any],
+    has_image: np.ndarray[Any, Any],
+    texts: np.ndarray[Any, Any],
+    has_text: np.ndarray[Any, Any],
+) -> pa.Table:
+    scores = pa.nulls(len(uids), pa.float32())
+    if encoder.shared_space:
+        cosines = (images.astype(np.float32) * texts.astype(np.float32)).sum(axis=1)
+        scores = pa.array(cosines, pa.float32(), mask=~(has_image & has_text))
+    return (
+        uids.append_column("image_emb", storage.vector_column(images, has_image))
+        .append_column("text_emb", storage.vector_column(texts, has_text))
+        .append_column("clip_score", scores)
+    )
+
+
+def _commit_facts(room: Room, shard: str, uids: pa.Table, samples: list[_Sample]) -> None:
+    columns = {
+        "width": [s.decoded.width for s in samples],
+        "height": [s.decoded.height for s in samples],
+        "sha256": [s.sha256 for s in samples],
+        "decode_reason": [s.decoded.reason for s in samples],
+        "thumbnail": [s.thumbnail for s in samples],
+    }
+    for table in ("embed.pixels", "embed.thumbnails"):
+        if table in room.missing:
+            names = next(t.columns for t in room.stage.tables() if t.name == table)
+            content = uids
+            for field in select_schema(names):
+                content = content.append_column(field, pa.array(columns[field.name], field.type))
+            room.commit_shard(table, shard, content)
+
+
+def _counts(samples: list[_Sample]) -> dict[str, float]:
+    counts: dict[str, float] = {"samples": len(samples)}
+    for sample in samples:
+        if sample.decoded.reason:
+            key = f"reason.{sample.decoded.reason}"
+            counts[key] = counts.get(key, 0) + 1
+    return counts

@@ -1,0 +1,359 @@
+"""select: rules, each with its reason code; then the walk over duplicates; then weights."""
+
+import math
+from collections import Counter
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from curate import storage
+from curate.dedup import groups
+from curate.schema import COLUMNS, REASONS, select_schema
+from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+from curate.stages.dedup import read_edges, shard_starts
+
+__all__ = ["Fraction", "Select", "Threshold"]
+
+Array = np.ndarray[Any, Any]
+
+_DECISION = (
+    "keep",
+    "reason",
+    "failed_rules",
+    "weight",
+    "representative_uid",
+    "representative_cosine",
+    "duplicate_level",
+    "captions",
+)
+_PREFERENCES = {"mismatch": "mismatch_probability", "clip_score": "clip_score"}
+
+
+def _check_number(column: str) -> str:
+    found = COLUMNS.get(column)
+    if found is None or found.type is None or not _is_number(found.type):
+        raise ValueError(f"a numeric column (see `curate columns`); {column!r} is not")
+    return column
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+class Threshold(BaseModel):
+    """Bounds that a column's value must lie within; null values fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    column: str
+    min: float | None = None
+    max: float | None = None
+
+    _numeric = field_validator("column")(_check_number)
+
+
+class Fraction(BaseModel):
+    """Share of the samples with a value in `column` to keep, the best first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    column: str
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    highest: bool = True
+
+    _numeric = field_validator("column")(_check_number)
+
+
+class Select(Stage):
+    """Decide for every sample whether it is kept, why not, and what it weighs."""
+
+    name: ClassVar[str] = "select"
+
+    min_caption_chars: int | None = Field(None, description="shorter captions are dropped", ge=1)
+    max_caption_chars: int | None = Field(None, description="longer captions are dropped", ge=1)
+    min_side_px: int | None = Field(None, description="smaller images are dropped", ge=1)
+    max_aspect: float | None = Field(
+        None, description="images with a larger ratio of sides are dropped", ge=1
+    )
+    max_mismatch_rate: float | None = Field(
+        None, description="expected share of mismatched pairs among the kept", ge=0, le=1
+    )
+    keep_fraction: Fraction | None = Field(
+        None, description="keep the best share by a column: {column, fraction, highest}"
+    )
+    thresholds: tuple[Threshold, ...] = Field(
+        (), description="bounds on any numeric column: [{column, min, max}]"
+    )
+    prefer: tuple[Literal["mismatch", "clip_score", "resolution"], ...] = Field(
+        ("mismatch", "resolution"),
+        description="which of several duplicates stays, first criterion first; then the lower uid",
+    )
+    max_captions: int = Field(
+        5, description="captions of a kept sample, its own and those of its duplicates", ge=1
+    )
+    density_power: float = Field(
+        0.0,
+        description="weights are divided by (kept samples of the same cluster) to this power",
+        ge=0,
+        le=1,
+    )
+
+    def reads(self) -> tuple[str, ...]:
+        columns = ["caption", "ingest_reason", "decode_reason", "width", "height", "sha256"]
+        if self.max_mismatch_rate is not None:
+            columns.append("mismatch_probability")
+        if self.keep_fraction is not None:
+            columns.append(self.keep_fraction.column)
+        columns += [bounds.column for bounds in self.thresholds]
+        return tuple(dict.fromkeys(columns))
+
+    def wants(self) -> tuple[str, ...]:
+        return ("cluster_id", "mismatch_probability", "clip_score")
+
+    def tables(self) -> tuple[Table, ...]:
+        return (Table("select", _DECISION),)
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("decide", _decide, one_task), Step("table", _write_shard, shard_tasks))
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        found: dict[str, Any] = storage.read_json(room.path("summary.json"))
+        return found
+
+
+def _stage(room: Room) -> Select:
+    assert isinstance(room.stage, Select)
+    return room.stage
+
+
+def _load(room: Room) -> pa.Table:
+    wanted = (*_stage(room).reads(), *(c for c in _stage(room).wants() if room.has(c)))
+    columns = list(dict.fromkeys(wanted))
+    return pa.concat_tables([room.read(shard, columns) for shard in room.shards()])
+
+
+def _numbers(table: pa.Table, column: str) -> Array:
+    """(N,) float64; NaN where null."""
+    values = table[column].cast(pa.float64()).to_numpy()
+    return np.asarray(values, np.float64)
+
+
+def _decide(room: Room, task: str) -> dict[str, float]:
+    """Apply all rules to all samples and commit the decisions as one table."""
+    stage, table = _stage(room), _load(room)
+    failed: dict[str, Array] = {}
+    _source_rules(table, failed)
+    _basic_rules(stage, table, failed)
+    facts: dict[str, Any] = _score_rules(stage, table, failed)
+    eligible = ~np.any(list(failed.values()), axis=0) if failed else np.ones(len(table), bool)
+    uids = table["uid"].to_numpy(zero_copy_only=False).astype("S32")
+    representative = np.full(len(table), -1, np.int64)
+    cosine = np.full(len(table), np.nan, np.float32)
+    exact = np.zeros(len(table), bool)
+    if room.has("cluster_id"):
+        order = _preference(stage, table, uids)
+        edges = read_edges(room, "edges")
+        representative, cosine, exact = groups.walk(
+            order, eligible, *edges, _byte_groups(table["sha256"])
+        )
+        failed["duplicate_bytes"] = (representative >= 0) & exact
+        failed["duplicate_semantic"] = (representative >= 0) & ~exact
+    keep = eligible & (representative < 0)
+    decisions = {
+        "uid": table["uid"],
+        "keep": pa.array(keep),
+        **_reasons(failed, len(table)),
+        "weight": pa.array(_weights(stage, table, keep), pa.float32()),
+        "representative_uid": pa.array(
+            uids[representative].astype(str), pa.string(), mask=representative < 0
+        ),
+        "representative_cosine": pa.array(cosine, pa.float32(), mask=representative < 0),
+        "duplicate_level": pa.array(
+            np.where(exact, "bytes", "semantic"), pa.string(), mask=representative < 0
+        ),
+        "captions": _merge_captions(stage, table["caption"].to_pylist(), keep, representative),
+    }
+    result = pa.table(decisions).cast(select_schema(["uid", *_DECISION]))
+    storage.commit_table(room.path("decisions.parquet"), result)
+    storage.commit_json(room.path("summary.json"), {**_count(result, failed), **facts})
+    return {"samples": len(table)}
+
+
+def _source_rules(table: pa.Table, failed: dict[str, Array]) -> None:
+    """What ingest and embed already found."""
+    for column in ("ingest_reason", "decode_reason"):
+        codes = table[column].to_numpy(zero_copy_only=False)
+        for code in sorted({code for code in codes if code is not None}):
+            failed[code] = failed.get(code, False) | (codes == code)
+
+
+def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
+    captions = table["caption"].to_pylist()
+    present = np.array([bool(caption and caption.strip()) for caption in captions], bool)
+    chars = np.array([len(caption.strip()) if caption else 0 for caption in captions])
+    if stage.min_caption_chars is not None:
+        failed["caption_too_short"] = present & (chars < stage.min_caption_chars)
+    if stage.max_caption_chars is not None:
+        failed["caption_too_long"] = present & (chars > stage.max_caption_chars)
+    width, height = _numbers(table, "width"), _numbers(table, "height")
+    with np.errstate(invalid="ignore"):  # NaN where the size is not known: never fails a rule
+        if stage.min_side_px is not None:
+            failed["image_too_small"] = np.minimum(width, height) < stage.min_side_px
+        if stage.max_aspect is not None:
+            aspect = np.maximum(width, height) / np.minimum(width, height)
+            failed["aspect_too_extreme"] = aspect > stage.max_aspect
+
+
+def _score_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if stage.max_mismatch_rate is not None:
+        probability = _numbers(table, "mismatch_probability")
+        sound = ~np.any(list(failed.values()), axis=0) if failed else np.ones(len(table), bool)
+        limit, expected = mismatch_limit(probability[sound], stage.max_mismatch_rate)
+        facts["mismatch"] = {
+            "max_probability": limit,
+            "expected_rate": expected,
+            "unscored": int(np.isnan(probability[sound]).sum()),
+        }
+        # A sample without a score cannot be judged by it; `unscored` says how many there are.
+        failed["mismatched"] = np.nan_to_num(probability, nan=-1.0) > limit
+    for bounds in stage.thresholds:
+        values = _numbers(table, bounds.column)
+        low = -math.inf if bounds.min is None else bounds.min
+        high = math.inf if bounds.max is None else bounds.max
+        outside = ~((values >= low) & (values <= high))
+        failed["outside_threshold"] = failed.get("outside_threshold", False) | outside
+    if stage.keep_fraction is not None:
+        failed["outside_fraction"] = ~_best_share(table, stage.keep_fraction)
+    return facts
+
+
+def mismatch_limit(probability: Array, max_rate: float) -> tuple[float, float | None]:
+    """Return the largest probability to keep so that their mean stays within `max_rate`.
+
+    Parameters
+    ----------
+    probability : (N,) float64, [0, 1]
+        NaN where there is none.
+    max_rate : float
+
+    Returns
+    -------
+    limit : float
+        -1 if even the best sample is above `max_rate`.
+    expected : float or None
+        Mean probability of those at most `limit`; None if there are none.
+    """
+    ordered = np.sort(probability[~np.isnan(probability)])
+    means = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+    # A value and its ties stay or go together.
+    last = np.r_[np.diff(ordered) > 0, True][: len(ordered)]
+    fitting = np.flatnonzero((means <= max_rate) & last)
+    if len(fitting) == 0:
+        return -1.0, None
+    return float(ordered[fitting[-1]]), float(means[fitting[-1]])
+
+
+def _best_share(table: pa.Table, rule: Fraction) -> Array:
+    values = _numbers(table, rule.column)
+    uids = table["uid"].to_numpy(zero_copy_only=False).astype("S32")
+    order = np.lexsort((uids, -values if rule.highest else values))  # NaN sorts last
+    count = round(rule.fraction * int((~np.isnan(values)).sum()))
+    best = np.zeros(len(values), bool)
+    best[order[:count]] = True
+    return best
+
+
+def _byte_groups(column: pa.ChunkedArray) -> Array:
+    """(N,) int64: equal for rows of equal sha256, -1 where there is none."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return np.asarray(encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(), np.int64)
+
+
+def _preference(stage: Select, table: pa.Table, uids: Array) -> Array:
+    """Rows in order of preference, a function of the samples and not of their order."""
+    keys: list[Array] = [uids]
+    for criterion in reversed(stage.prefer):
+        if criterion == "resolution":
+            keys.append(-np.nan_to_num(_numbers(table, "width") * _numbers(table, "height")))
+        elif _PREFERENCES[criterion] in table.column_names:
+            values = _numbers(table, _PREFERENCES[criterion])
+            keys.append(np.nan_to_num(values if criterion == "mismatch" else -values, nan=np.inf))
+    return np.lexsort(keys)
+
+
+def _reasons(failed: dict[str, Array], count: int) -> dict[str, pa.Array]:
+    codes = [code for code in REASONS if code in failed]
+    rules: list[list[str]] = [[] for _ in range(count)]
+    for code in codes:
+        for row in np.flatnonzero(failed[code]):
+            rules[row].append(code)
+    return {
+        "reason": pa.array([found[0] if found else None for found in rules], pa.string()),
+        "failed_rules": pa.array(rules, pa.list_(pa.string())),
+    }
+
+
+def _weights(stage: Select, table: pa.Table, keep: Array) -> Array:
+    weights = keep.astype(np.float64)
+    if "mismatch_probability" in table.column_names:
+        weights *= 1.0 - np.nan_to_num(_numbers(table, "mismatch_probability"))
+    if stage.density_power and "cluster_id" in table.column_names:
+        encoded = table["cluster_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        kept = np.bincount(encoded[keep], minlength=int(encoded.max(initial=0)) + 1)
+        weights /= np.maximum(kept[encoded], 1) ** stage.density_power
+    total = weights.sum()
+    if total == 0:  # every kept pair is surely mismatched: nothing tells them apart
+        return keep.astype(np.float64)
+    return weights * (keep.sum() / total)
+
+
+def _merge_captions(
+    stage: Select, captions: list[str | None], keep: Array, representative: Array
+) -> pa.Array:
+    """Own caption first, then different ones of dropped duplicates, in order of row."""
+    merged: list[list[str] | None] = [
+        [caption] if kept and caption is not None else None
+        for kept, caption in zip(keep, captions, strict=True)
+    ]
+    seen = {row: {_fold(own[0])} for row, own in enumerate(merged) if own}
+    for row in np.flatnonzero(representative >= 0):
+        target, caption = int(representative[row]), captions[row]
+        own = merged[target]
+        # Duplicates in the walk passed every other rule, `mismatched` included.
+        if caption is None or own is None or len(own) >= stage.max_captions:
+            continue
+        if _fold(caption) not in seen[target]:
+            seen[target].add(_fold(caption))
+            own.append(caption)
+    return pa.array(merged, pa.list_(pa.string()))
+
+
+def _fold(caption: str) -> str:
+    return " ".join(caption.casefold().split())
+
+
+def _count(result: pa.Table, failed: dict[str, Array]) -> dict[str, Any]:
+    dropped = Counter(reason for reason in result["reason"].to_pylist() if reason is not None)
+    captions = [len(found) for found in result["captions"].to_pylist() if found]
+    return {
+        "counts": {
+            "ingested": len(result),
+            "kept": int(np.count_nonzero(result["keep"].to_numpy())),
+            "dropped": {code: dropped[code] for code in REASONS if dropped[code]},
+        },
+        "failed": {code: int(failed[code].sum()) for code in REASONS if code in failed},
+        "merged_captions": sum(captions) - len(captions),
+    }
+
+
+def _write_shard(room: Room, shard: str) -> dict[str, float]:
+    """Cut one shard out of the decisions."""
+    number = room.shards().index(shard)
+    starts = shard_starts(room)
+    table = storage.read_table(room.path("decisions.parquet"))
+    part = table.slice(starts[number], starts[number + 1] - starts[number])
+    room.commit_shard("select", shard, part)
+    return {"samples": len(part)}

@@ -1,0 +1,1 @@
+"""Pipelines that come with the package, found by name: `curate run offline`."""
