@@ -52,7 +52,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
             "--set", "settings", multiple=True, metavar="STAGE.FIELD=VALUE",
             help="Override a parameter of the pipeline.",
         ),
-        click.option("--limit", type=click.IntRange(1), help="Preview on that many random samples."),
+        click.option("--limit", type=click.IntRange(1), help="Preview on so many random samples."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]  # fmt: skip
     for option in reversed(options):

@@ -370,6 +370,9 @@ def mirror(source: str, target: str) -> bool:
     twice; elsewhere they are copied by the store.
     """
     wanted, present = walk_files(source), walk_files(target) if exists(target) else {}
+    if not wanted:
+        remove(target)
+        return bool(present)
     changed = False
     for name, size_bytes in wanted.items():
         if present.get(name) != size_bytes or not _same_file(

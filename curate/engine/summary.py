@@ -2,7 +2,17 @@
 
 from typing import Any
 
+from curate import storage
+
 __all__ = ["describe_run"]
+
+_PLACES = (
+    ("Pictures", "report/index.html"),
+    ("Decisions", "decisions"),
+    ("Shards", "shards"),
+    ("Tars", "webdataset"),
+    ("Figures", "run.json"),
+)
 
 
 def describe_run(summary: dict[str, Any], out: str) -> str:
@@ -23,11 +33,9 @@ def describe_run(summary: dict[str, Any], out: str) -> str:
     else:
         lines += ["", "Nothing to do: every stage was complete."]
     lines += ["", *_describe_facts(summary.get("facts", {}))]
-    lines += [
-        f"Decisions  {out}/decisions",
-        f"Shards     {out}/shards",
-        f"Figures    {out}/run.json",
-    ]
+    for name, place in _PLACES:
+        if storage.exists(storage.join(out, place)):
+            lines.append(f"{name:<11}{storage.join(out, place)}")
     return "\n".join(lines)
 
 

@@ -75,6 +75,7 @@ class Workers:
         self._out = out
         self._stack = contextlib.ExitStack()
         self._client: Any = None
+        self._gpus = 0
         self.count = 0
         self.threads = 1
 
@@ -107,7 +108,8 @@ class Workers:
             task = next(waiting, None)
             if task is None:
                 return
-            future = client.submit(function, *arguments, task, pure=False, retries=0)
+            call = (self._gpus, function, *arguments, task)
+            future = client.submit(_on_own_gpu, *call, pure=False, retries=0)
             names[future.key] = task
             running.add(future)
 
@@ -138,6 +140,7 @@ class Workers:
         cores, gpus = count_cores(), count_gpus()
         self.count = self._options.workers or gpus or cores
         self.threads = max(1, cores // self.count)
+        self._gpus = gpus
         scratch = tempfile.mkdtemp(prefix="curate-dask-")
         self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         logging.getLogger("distributed").setLevel(logging.ERROR)
@@ -235,6 +238,18 @@ class Workers:
                         f"worker {worker}: must have {package} {version}; it has "
                         f"{versions.get(package, 'none')}. Install the same versions there."
                     )
+
+
+def _on_own_gpu(gpus: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function on a local worker that sees one GPU, by its number among the workers."""
+    if gpus > 1 and "CURATE_GPU" not in os.environ:
+        from distributed import get_worker
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+        # Read by CUDA when torch first uses it, which is after this.
+        chosen = visible.split(",")[int(get_worker().name) % gpus]
+        os.environ.update({"CUDA_VISIBLE_DEVICES": chosen, "CURATE_GPU": chosen})
+    return function(*arguments)
 
 
 def _describe_worker(probe: str) -> tuple[bool, dict[str, str]]:

@@ -53,9 +53,12 @@ def decode(data: bytes, max_pixels: int, working_px: int) -> Decoded:
     frame; EXIF orientation is applied.
     """
     width = height = None
+    # Opening reads the header alone. The cap below is ours and the user's; Pillow's own, at another
+    # number, would hide the size of what it refuses.
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
-            # The pixel cap below is ours; Pillow's own would only warn at another number.
+            # Decoders warn of oddities (EXIF, palettes) that do not keep a file from decoding.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
@@ -73,8 +76,10 @@ def decode(data: bytes, max_pixels: int, working_px: int) -> Decoded:
 
 def _shrink(image: Image.Image, working_px: int) -> Image.Image:
     factor = min(image.size) // (2 * working_px)
-    if factor < 2 or image.mode not in ("RGB", "RGBA", "L", "LA"):
+    if factor < 2 or image.mode.startswith("I"):
         return image
+    if image.mode in ("1", "P", "PA"):  # indices cannot be averaged
+        image = image.convert("RGBA")
     return image.reduce(factor)
 
 
