@@ -98,9 +98,10 @@ def run(
     scheduler: str | None,
     cluster_file: str | None,
 ) -> None:
-    """Run PIPELINE (a file, or default, offline, dedup, clip-score) into --output.
+    """Run PIPELINE on --input into --output.
 
-    Run again, it does only what is missing.
+    PIPELINE is a file, or one of default, offline, dedup, clip-score. Run again, it does only what
+    is missing.
     """
     loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
     cluster = _cluster(workers, scheduler, cluster_file)
@@ -119,7 +120,7 @@ def plan(
     limit: int | None,
     as_json: bool,
 ) -> None:
-    """Show what `curate run` with the same arguments would do, and why."""
+    """Show what `curate run` would do, and why."""
     from curate.engine import runner
 
     loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
@@ -141,7 +142,7 @@ def plan(
 @click.option("--workers", type=click.IntRange(1), help="Local worker processes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def demo(folder: str, workers: int | None, as_json: bool) -> None:
-    """Run the `offline` pipeline on the bundled sample of real pictures."""
+    """Run the pipeline `offline` on a bundled sample."""
     from importlib import resources
 
     with resources.as_file(resources.files("curate") / "sample" / "shards") as sample:
@@ -154,7 +155,7 @@ def demo(folder: str, workers: int | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--markdown", is_flag=True, help="Print as the table of the README.")
 def columns(as_json: bool, markdown: bool) -> None:
-    """List every output column and every reason code."""
+    """List output columns and reason codes."""
     from curate.schema import describe_columns, markdown_tables
 
     if markdown:
@@ -174,7 +175,7 @@ def columns(as_json: bool, markdown: bool) -> None:
 @main.command()
 @click.argument("out")
 def clean(out: str) -> None:
-    """Remove stage folders below OUT/stages that its last finished run does not use."""
+    """Remove stage folders that the last run does not use."""
     from curate.engine import runner
 
     with runner.lock_output(out):
@@ -226,8 +227,9 @@ def _carry_out(loaded: Any, out: str, cluster: Any) -> dict[str, Any]:
     from curate.engine import runner
     from curate.engine.progress import make_progress
 
+    need_bytes = _disk_need(loaded)  # also finds faults of the input before OUT is touched
     with runner.lock_output(out), _log_file(out):
-        _warn_of_disk(loaded, out)
+        _warn_of_disk(need_bytes, out)
         with make_progress() as progress:
             return runner.run(loaded, out, cluster, progress)
 
@@ -265,7 +267,7 @@ def _log_file(out: str) -> Iterator[None]:
 
 def _disk_need(loaded: Any) -> int:
     """Bytes at most: the shards (no more than the input) and what the stages keep per sample."""
-    input_bytes = sum(int(source["size_bytes"]) for source in loaded.stages[0].sources())
+    input_bytes = sum(source.size_bytes for source in loaded.stages[0].list_sources())
     samples = input_bytes // _GUESSED_SAMPLE_BYTES + 1
     limit = loaded.stages[0].limit
     if limit is not None and limit < samples:
@@ -274,12 +276,11 @@ def _disk_need(loaded: Any) -> int:
     return copies * input_bytes + samples * _STAGE_SAMPLE_BYTES
 
 
-def _warn_of_disk(loaded: Any, out: str) -> None:
+def _warn_of_disk(need_bytes: int, out: str) -> None:
     from curate import storage
 
     if not storage.is_local(out):
         return
-    need_bytes = _disk_need(loaded)
     free_bytes = shutil.disk_usage(storage.filesystem(out)[1]).free
     logging.getLogger("curate").info("disk: needs about %d bytes, %d free", need_bytes, free_bytes)
     if need_bytes > free_bytes:

@@ -24,6 +24,9 @@ GRID_PX = 24
 #: The other picture is scaled to these sides and searched for the window: up to 1 - 24/28 = 14 %
 #: of either side may have been cut off.
 _SEARCH_PX = (24, 25, 26, 27, 28)
+#: Standard deviation over pixels, in grey levels of the most varied channel, at and below which a
+#: picture counts as of one colour. (Channels differ from each other in any colour but grey.)
+_MIN_SPREAD = 1.0
 
 
 def pixel_matches(left: Array, right: Array, read_image: Callable[[int], Image.Image]) -> Array:
@@ -75,7 +78,8 @@ def _scaled(image: Image.Image, side: int) -> Array:
 
 
 def _centred(rows: Array) -> Array:
+    # A picture of one colour has nothing to correlate: it matches nothing but equal bytes.
+    varied = rows.reshape(len(rows), -1, 3).std(axis=1).max(axis=1, keepdims=True) > _MIN_SPREAD
     rows = rows - rows.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    # A picture of one colour has nothing to correlate: it matches nothing but equal bytes.
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-3)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=varied)

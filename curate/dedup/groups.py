@@ -137,6 +137,8 @@ def walk(
         (np.r_[cosines, cosines], (ends, np.r_[right, left])), shape=(count, count)
     ).tocsr()
     linked = np.diff(graph.indptr) > 0
+    rank = np.empty(count, np.int64)
+    rank[preference] = np.arange(count)
     representative = np.full(count, -1, np.int64)
     cosine = np.full(count, np.nan, np.float32)
     exact = np.zeros(count, bool)
@@ -152,10 +154,10 @@ def walk(
             span = slice(graph.indptr[row], graph.indptr[row + 1])
             reached = kept[graph.indices[span]]
             if reached.any():
-                # The nearest of the kept; ties go to the lower row, which csr keeps first.
-                near = np.flatnonzero(reached)[np.argmax(graph.data[span][reached])]
-                representative[row] = graph.indices[span][near]
-                cosine[row] = graph.data[span][near]
+                # The nearest of the kept; of equally near ones the most preferred.
+                near, close = graph.indices[span][reached], graph.data[span][reached]
+                best = np.lexsort((rank[near], -close))[0]
+                representative[row], cosine[row] = near[best], close[best]
                 continue
         kept[row] = True
         if group >= 0:

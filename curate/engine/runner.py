@@ -20,6 +20,9 @@ __all__ = ["BoundStage", "Progress", "bind", "clean", "lock_output", "plan", "ru
 
 _LOG = logging.getLogger("curate")
 
+#: What may lie in OUT before a run has begun in it.
+_BEFORE_RUN = (".lock", "run.log")
+
 
 class Progress(Protocol):
     """What a run tells whoever watches it."""
@@ -187,7 +190,7 @@ def lock_output(out: str) -> Iterator[None]:
     OutputError
         If OUT is not ours, not writable, or in use.
     """
-    names = [name for name in storage.list_names(out) if name != ".lock"]
+    names = [name for name in storage.list_names(out) if name not in _BEFORE_RUN]
     if names and "run.json" not in names:
         raise OutputError(
             f"{out}: must be empty or hold an earlier run; found {names[0]!r} and no run.json. "
@@ -235,17 +238,21 @@ def run(
     CurateError
     """
     begun = time.monotonic()
-    if not storage.exists(storage.join(out, "run.json")):
-        # The mark that OUT is ours, should this run be killed before it ends.
-        _commit_run(out, {"status": "unfinished", "pipeline": pipeline.text})
     stages = bind(pipeline, out)
     unfinished = [bound for bound in stages if bound.room.missing]
+    marked = storage.exists(storage.join(out, "run.json"))
+    previous = storage.read_json(storage.join(out, "run.json")) if marked else {}
+    if unfinished or previous.get("status") != "finished":
+        storage.clear_temporaries(out)
+        # The mark that OUT is ours and what lies in it unfinished, should this run be killed.
+        _commit_run(out, {**previous, "status": "unfinished", "pipeline": pipeline.text})
     with Workers(options, out) as workers:
+        for bound in unfinished:
+            workers.warm(bound.stage.warm)
         for bound in unfinished:
             _run_stage(bound, workers, progress)
     summary = _summarise(pipeline, stages, time.monotonic() - begun)
     published = [name for bound in stages for name in publish(bound, out)]
-    previous = storage.read_json(storage.join(out, "run.json"))
     if not unfinished and not published and previous.get("status") == "finished":
         return dict(previous, computed=False)
     _commit_run(out, summary)
@@ -260,10 +267,8 @@ def _commit_run(out: str, value: dict[str, Any]) -> None:
 
 
 def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
-    workers.start()
     stage, room = bound.stage, replace(bound.room, threads=workers.threads)
     for name in sorted(room.missing):
-        storage.clear_temporaries(room.folders[name])
         storage.commit_json(storage.join(room.folders[name], "origin.json"), bound.origins[name])
     seconds: dict[str, float] = {}
     for step in bound.missing_steps():

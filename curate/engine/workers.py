@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,12 @@ class Workers:
             submit_next()
             yield task, result
 
+    def warm(self, load: Callable[[], None]) -> None:
+        """Call `load` in the background of every worker, while it works on other tasks."""
+        self.start()
+        if self._gpus < 2:  # with several, the first task decides which one a worker sees
+            self._client.run(_in_background, load)
+
     def start(self) -> None:
         """Start or reach the cluster, unless that was done before."""
         if self._client is not None:
@@ -151,7 +158,7 @@ class Workers:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # any free port: several runs share a machine
                 local_directory=scratch,
                 memory_limit=0,  # tasks keep nothing in Dask; pausing workers would only stall them
                 silence_logs=logging.ERROR,
@@ -238,6 +245,11 @@ class Workers:
                         f"worker {worker}: must have {package} {version}; it has "
                         f"{versions.get(package, 'none')}. Install the same versions there."
                     )
+
+
+def _in_background(load: Callable[[], None]) -> None:
+    # A daemon: whatever goes wrong here goes wrong again, and is told, in the task that needs it.
+    threading.Thread(target=load, daemon=True).start()
 
 
 def _on_own_gpu(gpus: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -36,7 +36,8 @@ def hash_unit(keys: Sequence[str], seed: int, purpose: str) -> Array:
     salt = blake2b(f"{purpose}:{seed}".encode(), digest_size=16).digest()
     digests = b"".join(blake2b(k.encode(), digest_size=8, key=salt).digest() for k in keys)
     # 53 bits are what a float64 in [0, 1) holds exactly.
-    return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+    uniform: Array = (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+    return uniform
 
 
 def _check_proxies(proxies: int) -> None:
@@ -133,4 +134,5 @@ def draw_masks(cluster_ids: Sequence[str], proxies: int, seed: int) -> Array:
     Feldman and Zhang, What Neural Networks Memorize and Why (arXiv:2008.03703), section 2:
     random subsets, each sample in a fixed share of them.
     """
-    return block_masks(proxies, seed)[draw_blocks(cluster_ids, proxies, seed)]
+    masks: Array = block_masks(proxies, seed)[draw_blocks(cluster_ids, proxies, seed)]
+    return masks

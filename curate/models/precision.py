@@ -25,7 +25,7 @@ MIN_COSINE = 0.99
 MIN_SPEEDUP = 1.3
 _ROUNDS = 2
 #: Rows timed: rates hardly depend on the batch, and the slowest variant takes 25 ms a picture.
-_ROWS = 8
+_ROWS = 4
 
 Array = np.ndarray[Any, Any]
 

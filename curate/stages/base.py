@@ -162,6 +162,9 @@ class Stage(BaseModel):
         """Identity of everything read from outside OUT; part of the fingerprint."""
         return []
 
+    def warm(self) -> None:
+        """Load what the tasks will need; called in the workers' background while others run."""
+
     def facts(self, room: Room) -> dict[str, Any]:
         """Figures of the finished stage for `run.json`."""
         return {}

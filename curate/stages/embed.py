@@ -1,6 +1,7 @@
 """embed: the only decode. Vectors, pixel facts and thumbnails in one pass over the images."""
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,12 +78,25 @@ class Embed(Stage):
         with weights.open("rb") as file:
             return [{"digest": hashlib.file_digest(file, "sha256").hexdigest()}]
 
+    def warm(self) -> None:
+        from curate.models.precision import pick_device
+
+        _load(self.encoder, pick_device())
+
     def facts(self, room: Room) -> dict[str, Any]:
         return {"precision": storage.read_json(room.path("precision.json"))}
 
 
-@lru_cache(maxsize=1)
+_loading = threading.Lock()
+
+
 def _load(name: str, device: str) -> "Encoder":
+    with _loading:  # a task that comes while `warm` is at it waits instead of loading again
+        return _load_once(name, device)
+
+
+@lru_cache(maxsize=1)
+def _load_once(name: str, device: str) -> "Encoder":
     # Kept between the tasks of one worker: loading takes seconds.
     from curate.models.encoders import load_encoder
 

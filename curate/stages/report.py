@@ -48,10 +48,10 @@ def _write_page(room: Room, task: str) -> dict[str, float]:
     drawn, totals = _draw(room, room.stage.pictures, room.stage.seed)
     wanted = {row[key] for rows in drawn.values() for row in rows for key in _UIDS if row[key]}
     thumbnails = _read_thumbnails(room, wanted)
+    meanings = {_KEPT: "a random draw of what is in shards/", **REASONS}
     galleries = [
-        Gallery(title, meaning, totals[title], _pictures(drawn[title], thumbnails))
-        for title, meaning in {**REASONS, _KEPT: "a random draw of what is in shards/"}.items()
-        if title in drawn
+        Gallery(title, meanings[title], totals[title], _pictures(drawn[title], thumbnails))
+        for title in sorted(drawn, key=_gallery_rank)
     ]
     counts = [("ingested", sum(totals.values())), (_KEPT, totals.get(_KEPT, 0))]
     counts += [(code, totals[code]) for code in REASONS if code in totals]
@@ -61,6 +61,13 @@ def _write_page(room: Room, task: str) -> dict[str, float]:
 
 
 _UIDS = ("uid", "representative_uid")
+#: What is worth a look before all else: decisions that are matters of judgement.
+_FIRST = ("mismatched", "duplicate_semantic", "duplicate_bytes", _KEPT)
+
+
+def _gallery_rank(title: str) -> int:
+    order = (*_FIRST, *(code for code in REASONS if code not in _FIRST))
+    return order.index(title)
 
 
 def _draw(
