@@ -234,6 +234,17 @@ def _carry_out(loaded: Any, out: str, cluster: Any) -> dict[str, Any]:
             return runner.run(loaded, out, cluster, progress)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that says nothing of a full disk: the run's own error does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without the line."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def _log_file(out: str) -> Iterator[None]:
     """Append what the run reports to OUT/run.log; warnings also go to the terminal."""
@@ -247,7 +258,7 @@ def _log_file(out: str) -> Iterator[None]:
     handlers: list[logging.Handler] = [terminal]
     if storage.is_local(out):
         try:
-            handlers.append(logging.FileHandler(storage.filesystem(f"{out}/run.log")[1]))
+            handlers.append(_LogFile(storage.filesystem(f"{out}/run.log")[1]))
         except OSError as error:
             from curate.errors import OutputError
 

@@ -244,7 +244,9 @@ def commit_batches(
     paths = [path for field in schema if field.name not in raw for path in _leaves(field)]
     compression = {**dict.fromkeys(raw, "NONE"), **dict.fromkeys(paths, "ZSTD")}
     if metadata:
-        schema = schema.with_metadata({**(schema.metadata or {}), **metadata})
+        # Footers hold bytes: a str beside them would be a second key of the same name.
+        given = {name.encode(): value.encode() for name, value in metadata.items()}
+        schema = schema.with_metadata({**(schema.metadata or {}), **given})
     with (
         commit(url) as path,
         pq.ParquetWriter(
@@ -363,11 +365,16 @@ def join_aligned(tables: Iterable[tuple[str, pa.Table]]) -> pa.Table:
     return joined
 
 
-def mirror(source: str, target: str) -> bool:
+def mirror(source: str, target: str, trust_sizes: bool = False) -> bool:
     """Make `target` hold exactly the files of `source`; return whether anything changed.
 
     On a local disk files are hard links where the disk allows it, so that nothing is stored
     twice; elsewhere they are copied by the store.
+
+    Parameters
+    ----------
+    trust_sizes : bool
+        Whether a file of equal name and size is known to be the same.
     """
     wanted, present = walk_files(source), walk_files(target) if exists(target) else {}
     if not wanted:
@@ -375,10 +382,10 @@ def mirror(source: str, target: str) -> bool:
         return bool(present)
     changed = False
     for name, size_bytes in wanted.items():
-        if present.get(name) != size_bytes or not _same_file(
-            join(source, name), join(target, name)
-        ):
-            _link(join(source, name), join(target, name))
+        one, other = join(source, name), join(target, name)
+        same = present.get(name) == size_bytes and (trust_sizes or _same_file(one, other))
+        if not same:
+            _link(one, other)
             changed = True
     for name in present.keys() - wanted.keys():
         remove(join(target, name))
@@ -387,10 +394,10 @@ def mirror(source: str, target: str) -> bool:
 
 
 def _same_file(one: str, other: str) -> bool:
-    """Tell whether two existing files are one; on stores, equal size must do."""
+    """Tell whether two existing files are one; on stores that would cost what copying does."""
     fs, path = filesystem(one)
     if not isinstance(fs, LocalFileSystem):
-        return True
+        return False
     other_path = filesystem(other)[1]
     return os.path.samefile(path, other_path) or filecmp.cmp(path, other_path, shallow=False)
 
@@ -416,15 +423,35 @@ def expand_braces(pattern: str) -> list[str]:
     >>> expand_braces("x/{08..10}.tar")
     ['x/08.tar', 'x/09.tar', 'x/10.tar']
     """
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    body, head, tail = found.group(1), pattern[: found.start()], pattern[found.end() :]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if span is not None:
-        first, last = span.groups()
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        choices = [str(i).zfill(width) for i in range(int(first), int(last) + 1)]
-    else:
-        choices = body.split(",")
-    return [whole for choice in choices for whole in expand_braces(head + choice + tail)]
+    for start in (place for place, sign in enumerate(pattern) if sign == "{"):
+        parts, end = _split_braces(pattern, start)
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", parts[0]) if len(parts) == 1 else None
+        if span is not None:
+            parts = _count_through(*span.groups())
+        elif len(parts) < 2:
+            continue  # never closed, or nothing to choose from: a shell leaves it as it is
+        tails = expand_braces(pattern[end:])
+        heads = [pattern[:start] + one for part in parts for one in expand_braces(part)]
+        return [head + tail for head in heads for tail in tails]
+    return [pattern]
+
+
+def _split_braces(pattern: str, start: int) -> tuple[list[str], int]:
+    """Parts between the brace at `start` and its partner, and where the rest begins."""
+    parts, depth = [""], 0
+    for place, sign in enumerate(pattern[start:], start):
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0:
+            return parts, place + 1
+        if sign == "," and depth == 1:
+            parts.append("")
+        elif place > start:
+            parts[-1] += sign
+    return [], len(pattern)
+
+
+def _count_through(first: str, last: str) -> list[str]:
+    padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    return [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]

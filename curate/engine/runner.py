@@ -16,12 +16,12 @@ from curate.engine.workers import ClusterOptions, Workers
 from curate.errors import CurateError, OutputError, ReconcileError, StorageError
 from curate.stages.base import Room, Stage, Step, Table
 
-__all__ = ["BoundStage", "Progress", "bind", "clean", "lock_output", "plan", "run"]
+__all__ = ["BoundStage", "Progress", "bind", "clean", "lock_output", "plan", "publish", "run"]
 
 _LOG = logging.getLogger("curate")
 
 #: What may lie in OUT before a run has begun in it.
-_BEFORE_RUN = (".lock", "run.log")
+_BEFORE_RUN = (".lock", "run.log", storage.TEMPORARY_PREFIX)
 
 
 class Progress(Protocol):
@@ -81,13 +81,13 @@ def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
     for stage in pipeline.stages:
         columns = [*stage.reads(), *(c for c in stage.wants() if c in writers)]
         inputs = {writers[c]: prints[writers[c]] for c in columns}
-        sources = stage.sources()
+        sources, fields = stage.sources(), stage.hashed_fields()
         origins = {
             table.name: {
                 "stage": stage.name,
                 "table": table.name,
                 "version": stage.version,
-                "parameters": _hashed_fields(stage, table),
+                "parameters": fields if table.fields is None else _pick(fields, table.fields),
                 "sources": sources,
                 "inputs": inputs,
             }
@@ -104,13 +104,8 @@ def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
     return bound
 
 
-def _hashed_fields(stage: Stage, table: Table) -> dict[str, Any]:
-    values = stage.model_dump(mode="json")
-    for name, declared in type(stage).model_fields.items():
-        extra = declared.json_schema_extra
-        if isinstance(extra, dict) and extra.get("execution_only"):
-            values.pop(name)
-    return values if table.fields is None else {name: values[name] for name in table.fields}
+def _pick(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: fields[name] for name in names}
 
 
 def plan(pipeline: Pipeline, out: str) -> list[dict[str, Any]]:
@@ -190,7 +185,7 @@ def lock_output(out: str) -> Iterator[None]:
     OutputError
         If OUT is not ours, not writable, or in use.
     """
-    names = [name for name in storage.list_names(out) if name not in _BEFORE_RUN]
+    names = [name for name in storage.list_names(out) if not name.startswith(_BEFORE_RUN)]
     if names and "run.json" not in names:
         raise OutputError(
             f"{out}: must be empty or hold an earlier run; found {names[0]!r} and no run.json. "
@@ -252,18 +247,18 @@ def run(
         for bound in unfinished:
             _run_stage(bound, workers, progress)
     summary = _summarise(pipeline, stages, time.monotonic() - begun)
-    published = [name for bound in stages for name in publish(bound, out)]
-    if not unfinished and not published and previous.get("status") == "finished":
+    told = previous.get("stages", {}) if previous.get("status") == "finished" else {}
+    published = [name for bound in stages for name in publish(bound, out, told)]
+    # Stages differ where a run of other parameters was killed after it had published.
+    is_told = previous.get("status") == "finished" and previous["stages"] == summary["stages"]
+    if not unfinished and not published and is_told:
         return dict(previous, computed=False)
     _commit_run(out, summary)
     return dict(summary, computed=True)
 
 
 def _commit_run(out: str, value: dict[str, Any]) -> None:
-    try:
-        storage.commit_json(storage.join(out, "run.json"), value)
-    except StorageError as error:
-        raise OutputError(str(error)) from error
+    storage.commit_json(storage.join(out, "run.json"), value)
 
 
 def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
@@ -329,12 +324,21 @@ def _commit_manifest(bound: BoundStage, table: str, seconds: dict[str, float]) -
     storage.commit_json(storage.join(bound.room.folders[table], "manifest.json"), manifest)
 
 
-def publish(bound: BoundStage, out: str) -> list[str]:
-    """Make OUT/<name> hold what a finished stage publishes; return the names that changed."""
+def publish(bound: BoundStage, out: str, told: dict[str, Any]) -> list[str]:
+    """Make OUT/<name> hold what a finished stage publishes; return the names that changed.
+
+    Parameters
+    ----------
+    told : dict
+        `stages` of a finished `run.json`: what was published then is known to be the same where
+        the fingerprint is.
+    """
     changed = []
+    table = bound.stage.tables()[0].name
+    known = told.get(table, {}).get("fingerprint") == bound.fingerprints[table]
     for name in bound.stage.publishes:
         source = bound.room.path(name)
-        if storage.mirror(source, storage.join(out, name)):
+        if storage.mirror(source, storage.join(out, name), trust_sizes=known):
             changed.append(name)
     return changed
 

@@ -71,9 +71,12 @@ def _describe_facts(facts: dict[str, Any]) -> list[str]:
             f"Duplicate pairs found, of those that brute force finds: {recall['recall']:.2%} "
             f"({recall['rows']} samples)"
         )
-    share = facts.get("score", {}).get("mismatch_share")
-    if share is not None:
-        lines.append(f"Estimated share of mismatched captions: {share:.1%}")
+    detector = facts.get("score", {}).get("mismatch", {})
+    if detector.get("share") is not None:
+        lines.append(
+            f"Estimated share of mismatched captions: {detector['share']:.1%} "
+            f"(± {1.96 * detector['share_stderr']:.1%})"
+        )
     mismatch = facts.get("select", {}).get("mismatch")
     if mismatch and mismatch["expected_rate"] is not None:
         lines.append(f"Expected among the kept: {mismatch['expected_rate']:.1%}")

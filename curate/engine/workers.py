@@ -4,10 +4,12 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +152,11 @@ class Workers:
         self._gpus = gpus
         scratch = tempfile.mkdtemp(prefix="curate-dask-")
         self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        logging.getLogger("distributed").setLevel(logging.ERROR)
+        # A task's exception is raised here: workers need not print it, traceback and all, before.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
         dask.config.set({"distributed.nanny.pre-spawn-environ": _thread_environment(self.threads)})
-        cluster = self._stack.enter_context(
-            LocalCluster(
+        with _interrupts_held():
+            cluster = LocalCluster(
                 n_workers=self.count,
                 threads_per_worker=1,
                 processes=True,
@@ -161,9 +164,9 @@ class Workers:
                 dashboard_address="127.0.0.1:0",  # any free port: several runs share a machine
                 local_directory=scratch,
                 memory_limit=0,  # tasks keep nothing in Dask; pausing workers would only stall them
-                silence_logs=logging.ERROR,
+                silence_logs=logging.CRITICAL,
             )
-        )
+        self._stack.enter_context(cluster)
         return self._stack.enter_context(Client(cluster, set_as_default=False))
 
     def _launch(self, description: dict[str, Any]) -> Any:
@@ -178,16 +181,23 @@ class Workers:
             )
         module, name = _CLUSTERS[kind]
         workers = description.pop("workers", None)
+        if kind == "local":
+            description.setdefault("silence_logs", logging.CRITICAL)
         try:
-            cluster = getattr(import_module(module), name)(**description)
+            with _interrupts_held():
+                cluster = getattr(import_module(module), name)(**description)
         except ImportError as error:
             package = module.split(".")[0].replace("_", "-")
             raise ConfigError(
                 f"--cluster: kind {kind} needs the package {package}; it is not installed. "
                 f"Run pip install {package}."
             ) from error
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--cluster: {name} refused its arguments: {error}.") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            # What a worker process choked on is the cause of "Nanny failed to start".
+            why = str(error.__cause__ or error).partition("\n")[0]
+            raise ConfigError(
+                f"--cluster: {name} refused its arguments: {why}. Correct them."
+            ) from error
         self._stack.enter_context(cluster)
         if workers is not None:
             cluster.scale(int(workers))
@@ -198,8 +208,10 @@ class Workers:
 
     def _connect(self, address: str) -> Any:
         from distributed import Client
+        from distributed.comm.addressing import get_address_host
 
         try:
+            get_address_host(address)  # a client of a malformed address cannot even be closed
             client = Client(address, timeout=10, set_as_default=False)
         except (OSError, ValueError) as error:
             raise WorkerError(
@@ -250,6 +262,18 @@ class Workers:
 def _in_background(load: Callable[[], None]) -> None:
     # A daemon: whatever goes wrong here goes wrong again, and is told, in the task that needs it.
     threading.Thread(target=load, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C from threads and processes started here: this one stops them in good order."""
+    # It must run before: when it starts it lets interrupts through again in the calling thread.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _on_own_gpu(gpus: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,6 +11,8 @@ __all__ = ["Decoded", "decode", "make_thumbnail", "read_thumbnail"]
 #: What Pillow may try: raster formats with decoders that are fuzzed upstream. Formats that run
 #: programs or fetch files (EPS, MSP and the like) are left out.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+#: EXIF orientations that turn a picture by a quarter.
+_LYING = (5, 6, 7, 8)
 _THUMBNAIL_QUALITY = 80
 #: libwebp's fastest method: 0.4 ms a picture instead of 3, for files a tenth larger.
 _THUMBNAIL_METHOD = 0
@@ -67,7 +69,7 @@ def decode(data: bytes, max_pixels: int, working_px: int) -> Decoded:
                 # JPEG alone can decode at a fraction of its size, and does so much faster.
                 image.draft("RGB", (2 * working_px, 2 * working_px))
                 upright = ImageOps.exif_transpose(image)
-                if upright.size[0] * upright.size[1] and image.getexif().get(0x0112, 1) >= 5:
+                if image.getexif().get(0x0112) in _LYING:
                     width, height = height, width
                 return Decoded(_flatten(_shrink(upright, working_px)), width, height, None)
     except Exception:  # decoders meet hostile bytes: whatever they raise, the sample is undecodable
@@ -78,13 +80,14 @@ def _shrink(image: Image.Image, working_px: int) -> Image.Image:
     factor = min(image.size) // (2 * working_px)
     if factor < 2 or image.mode.startswith("I"):
         return image
-    if image.mode in ("1", "P", "PA"):  # indices cannot be averaged
+    if image.mode in ("1", "P", "PA") or "transparency" in image.info:
+        # Neither indices nor a colour that stands for transparency can be averaged.
         image = image.convert("RGBA")
     return image.reduce(factor)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")

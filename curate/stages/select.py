@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from curate.schema import COLUMNS, REASONS, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 from curate.stages.dedup import read_edges, shard_starts
 
-__all__ = ["Fraction", "Select", "Threshold"]
+__all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +46,7 @@ def _is_number(kind: pa.DataType) -> bool:
 class Threshold(BaseModel):
     """Bounds that a column's value must lie within; null values fail."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     column: str
     min: float | None = None
@@ -57,7 +58,7 @@ class Threshold(BaseModel):
 class Fraction(BaseModel):
     """Share of the samples with a value in `column` to keep, the best first."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     column: str
     fraction: Annotated[float, Field(gt=0, le=1)]
@@ -140,27 +141,48 @@ def _numbers(table: pa.Table, column: str) -> Array:
     return np.asarray(values, np.float64)
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """What the walk needs, and walks over other sets of samples."""
+
+    order: Array
+    edges: tuple[Array, Array, Array]
+    byte_groups: Array
+
+    def walk(self, eligible: Array) -> tuple[Array, Array, Array]:
+        """Representative, cosine and whether of equal bytes: see `groups.walk`."""
+        return groups.walk(self.order, eligible, *self.edges, self.byte_groups)
+
+
+def _read_copies(room: Room, table: pa.Table, order: Array) -> _Copies:
+    edges = read_edges(room, "edges") if room.has("cluster_id") else _NO_EDGES
+    known = _byte_groups(table["sha256"])
+    return _Copies(order, edges, known if room.has("cluster_id") else np.full_like(known, -1))
+
+
+_NO_EDGES = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
 def _decide(room: Room, task: str) -> dict[str, float]:
     """Apply all rules to all samples and commit the decisions as one table."""
     stage, table = _stage(room), _load(room)
     failed: dict[str, Array] = {}
     _source_rules(table, failed)
     _basic_rules(stage, table, failed)
-    facts: dict[str, Any] = _score_rules(stage, table, failed)
+    _column_rules(stage, table, failed)
     eligible = ~np.any(list(failed.values()), axis=0) if failed else np.ones(len(table), bool)
     uids = table["uid"].to_numpy(zero_copy_only=False).astype("S32")
-    representative = np.full(len(table), -1, np.int64)
-    cosine = np.full(len(table), np.nan, np.float32)
-    exact = np.zeros(len(table), bool)
-    if room.has("cluster_id"):
-        order = _preference(stage, table, uids)
-        edges = read_edges(room, "edges")
-        representative, cosine, exact = groups.walk(
-            order, eligible, *edges, _byte_groups(table["sha256"])
-        )
-        failed["duplicate_bytes"] = (representative >= 0) & exact
-        failed["duplicate_semantic"] = (representative >= 0) & ~exact
+    order = _preference(stage, table, uids)
+    copies = _read_copies(room, table, order)
+    facts: dict[str, Any] = {}
+    if stage.max_mismatch_rate is not None:
+        facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
+        eligible = eligible & ~failed["mismatched"]
+    representative, cosine, exact = copies.walk(eligible)
+    failed["duplicate_bytes"] = (representative >= 0) & exact
+    failed["duplicate_semantic"] = (representative >= 0) & ~exact
     keep = eligible & (representative < 0)
+    captions = table["caption"].to_pylist()
     decisions = {
         "uid": table["uid"],
         "keep": pa.array(keep),
@@ -173,7 +195,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
         "duplicate_level": pa.array(
             np.where(exact, "bytes", "semantic"), pa.string(), mask=representative < 0
         ),
-        "captions": _merge_captions(stage, table["caption"].to_pylist(), keep, representative),
+        "captions": _merge_captions(stage, captions, keep, representative, order),
     }
     result = pa.table(decisions).cast(select_schema(["uid", *_DECISION]))
     storage.commit_table(room.path("decisions.parquet"), result)
@@ -206,19 +228,7 @@ def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> No
             failed["aspect_too_extreme"] = aspect > stage.max_aspect
 
 
-def _score_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if stage.max_mismatch_rate is not None:
-        probability = _numbers(table, "mismatch_probability")
-        sound = ~np.any(list(failed.values()), axis=0) if failed else np.ones(len(table), bool)
-        limit, expected = mismatch_limit(probability[sound], stage.max_mismatch_rate)
-        facts["mismatch"] = {
-            "max_probability": limit,
-            "expected_rate": expected,
-            "unscored": int(np.isnan(probability[sound]).sum()),
-        }
-        # A sample without a score cannot be judged by it; `unscored` says how many there are.
-        failed["mismatched"] = np.nan_to_num(probability, nan=-1.0) > limit
+def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
     for bounds in stage.thresholds:
         values = _numbers(table, bounds.column)
         low = -math.inf if bounds.min is None else bounds.min
@@ -227,7 +237,26 @@ def _score_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> di
         failed["outside_threshold"] = failed.get("outside_threshold", False) | outside
     if stage.keep_fraction is not None:
         failed["outside_fraction"] = ~_best_share(table, stage.keep_fraction)
-    return facts
+
+
+def _mismatch_rule(
+    stage: Select, table: pa.Table, copies: _Copies, eligible: Array, failed: dict[str, Array]
+) -> dict[str, Any]:
+    """Find the limit that keeps the promise among what is kept in the end, copies gone."""
+    assert stage.max_mismatch_rate is not None
+    probability = _numbers(table, "mismatch_probability")
+    distinct = eligible & (copies.walk(eligible)[0] < 0)
+    limit, _ = mismatch_limit(probability[distinct], stage.max_mismatch_rate)
+    # A sample without a score cannot be judged by it; `unscored` says how many there are.
+    failed["mismatched"] = np.nan_to_num(probability, nan=-1.0) > limit
+    sound = eligible & ~failed["mismatched"]
+    kept = probability[sound & (copies.walk(sound)[0] < 0)]
+    scored = kept[~np.isnan(kept)]
+    return {
+        "max_probability": limit,
+        "expected_rate": float(scored.mean()) if len(scored) else None,
+        "unscored": len(kept) - len(scored),
+    }
 
 
 def mismatch_limit(probability: Array, max_rate: float) -> tuple[float, float | None]:
@@ -311,15 +340,19 @@ def _weights(stage: Select, table: pa.Table, keep: Array) -> Array:
 
 
 def _merge_captions(
-    stage: Select, captions: list[str | None], keep: Array, representative: Array
+    stage: Select,
+    captions: list[str | None],
+    keep: Array,
+    representative: Array,
+    order: Array,
 ) -> pa.Array:
-    """Own caption first, then different ones of dropped duplicates, in order of row."""
+    """Own caption first, then different ones of dropped duplicates, in order of preference."""
     merged: list[list[str] | None] = [
         [caption] if kept and caption is not None else None
         for kept, caption in zip(keep, captions, strict=True)
     ]
     seen = {row: {_fold(own[0])} for row, own in enumerate(merged) if own}
-    for row in np.flatnonzero(representative >= 0):
+    for row in order[representative[order] >= 0]:
         target, caption = int(representative[row]), captions[row]
         own = merged[target]
         # Duplicates in the walk passed every other rule, `mismatched` included.

@@ -1,0 +1,182 @@
+"""score: how well every pair fits, by proxies that did and did not train on it.
+
+All scores are functions of what the proxies' step commits; a later score needs no new training.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from curate import storage
+from curate.memorization.mismatch import Detector, fit_detector
+from curate.schema import select_schema
+from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+from curate.stages.score_evidence import (
+    ALIGNMENT,
+    draw_folds,
+    gather_shard,
+    read_features,
+    spread_rows,
+)
+from curate.stages.score_inputs import read_plan, read_samples
+from curate.stages.score_proxies import fill_bank, project_shard, train_proxy
+
+__all__ = ["Score"]
+
+Array = np.ndarray[Any, Any]
+
+_COLUMNS = (
+    *ALIGNMENT,
+    "memorization_score",
+    "memorization_score_stderr",
+    "mismatch_probability",
+    "mismatch_probability_stderr",
+    "rarity",
+    "memorization_kind",
+)
+
+
+class Score(Stage):
+    """Alignment under in- and out-proxies, probability of mismatch, rarity."""
+
+    name: ClassVar[str] = "score"
+
+    proxy: Literal["heads"] = Field(
+        "heads", description="kind of proxy: `heads`, two small heads over the frozen vectors"
+    )
+    proxies: int = Field(
+        8, description="number of proxies, even: every two train on complementary halves", ge=2
+    )
+    epochs: int = Field(6, description="passes of a proxy over its half", ge=0, le=1000)
+    seed: int = Field(0, description="draws halves, references, phantoms, first weights", ge=0)
+    min_samples: int = Field(
+        500, description="with fewer usable samples all scores are null", ge=20
+    )
+    max_train_samples: int = Field(
+        100_000, description="samples that one proxy trains on at most, in whole clusters", ge=100
+    )
+    bank_size: int = Field(
+        10_000, description="reference samples in which neighbours are looked for", ge=100
+    )
+    detector_samples: int = Field(
+        6_000, description="samples that the mismatch detector is fitted on", ge=100
+    )
+
+    @field_validator("proxies")
+    @classmethod
+    def _check_proxies(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("must be even: proxies come in complementary pairs")
+        return value
+
+    def reads(self) -> tuple[str, ...]:
+        return ("image_emb", "text_emb", "cluster_id", "caption")
+
+    def wants(self) -> tuple[str, ...]:
+        return ("clip_score",)
+
+    def tables(self) -> tuple[Table, ...]:
+        return (Table("score", _COLUMNS),)
+
+    def steps(self) -> tuple[Step, ...]:
+        return (
+            Step("bank", fill_bank, one_task),
+            Step("proxies", train_proxy, _proxy_tasks),
+            Step("project", project_shard, _scored_shards),
+            Step("evidence", gather_shard, _scored_shards),
+            Step("detector", _train_detector, one_task),
+            Step("table", _write_shard, shard_tasks),
+        )
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        plan = read_plan(room)
+        facts: dict[str, Any] = {"usable": plan.usable, "scored": plan.scored}
+        if not plan.scored:
+            return facts
+        records = [
+            storage.read_json(room.path("proxies", f"{proxy}.json"))
+            for proxy in range(self.proxies)
+        ]
+        facts["proxies"] = [
+            {
+                "samples": record["samples"],
+                "first_loss": record["losses"][0] if record["losses"] else None,
+                "last_loss": record["losses"][-1] if record["losses"] else None,
+                "retries": record["retries"],
+                "diverged": record["diverged"],
+                "mask": record["mask"],
+            }
+            for record in records
+        ]
+        facts["mismatch"] = storage.read_json(room.path("detector.json"))["facts"]
+        return facts
+
+
+def _stage(room: Room) -> Score:
+    assert isinstance(room.stage, Score)
+    return room.stage
+
+
+def _proxy_tasks(room: Room) -> list[str]:
+    return [str(proxy) for proxy in range(_stage(room).proxies)] if read_plan(room).scored else []
+
+
+def _scored_shards(room: Room) -> list[str]:
+    return room.shards() if read_plan(room).scored else []
+
+
+def _train_detector(room: Room, task: str) -> dict[str, float]:
+    """Commit `detector.json`: the detector, and how well it tells its own phantoms."""
+    if not read_plan(room).scored:
+        return {}
+    table = pa.concat_tables(
+        [storage.read_table(room.path("fit", f"{shard}.parquet")) for shard in room.shards()]
+    ).sort_by("order")
+    features, phantom = read_features(table), table["phantom"].to_numpy().astype(bool)
+    folds = np.stack([table[name].to_numpy() for name in ("fold_image", "fold_text")], axis=1)
+    detector = fit_detector(features, phantom, folds)
+    facts: dict[str, Any] = {"pairs": int((~phantom).sum()), "phantoms": int(phantom.sum())}
+    if detector is None:
+        storage.commit_json(room.path("detector.json"), {"detector": None, "facts": facts})
+        return {"no_phantoms": 1}
+    likely = detector.probabilities(features, folds[:, 0])[0] >= 0.5
+    rare = table["rarity"].to_numpy() >= 0.8
+    facts |= {
+        "share": detector.share,
+        "share_stderr": detector.share_stderr,
+        "phantoms_above_half": _mean(likely[phantom]),
+        "rare_above_half": _mean(likely[~phantom & rare]),
+        "common_above_half": _mean(likely[~phantom & ~rare]),
+    }
+    storage.commit_json(
+        room.path("detector.json"), {"detector": detector.to_json(), "facts": facts}
+    )
+    return {"samples": len(phantom)}
+
+
+def _mean(values: Array) -> float | None:
+    return round(float(values.mean()), 4) if len(values) else None
+
+
+def _write_shard(room: Room, task: str) -> dict[str, float]:
+    """Commit a shard of the table."""
+    schema = select_schema(_COLUMNS)
+    uids = room.read(task, [])["uid"]
+    found: dict[str, Any] = {}
+    if read_plan(room).scored:
+        evidence = storage.read_table(room.path("evidence", f"{task}.parquet"))
+        found = {name: evidence[name] for name in (*ALIGNMENT, "rarity")}
+        saved = storage.read_json(room.path("detector.json"))["detector"]
+        if saved is not None:
+            detector, samples = Detector.from_json(saved), read_samples(room, task)
+            rows = np.flatnonzero(evidence["rarity"].is_valid().to_numpy())
+            folds = draw_folds(samples.cluster_codes[rows], _stage(room).seed)
+            both = detector.probabilities(read_features(evidence)[rows], folds)
+            for name, values in zip(("", "_stderr"), both, strict=True):
+                found[f"mismatch_probability{name}"] = spread_rows(values, rows, len(uids))
+    columns = [found.get(field.name, pa.nulls(len(uids), field.type)) for field in schema]
+    table = pa.table([uids, *columns], names=["uid", *_COLUMNS])
+    room.commit_shard("score", task, table)
+    return {"samples": len(uids)}

@@ -1,0 +1,248 @@
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, ImageDraw
+
+from curate import storage
+from curate.formats.pixels import make_thumbnail
+from curate.stages.base import Room
+from curate.stages.dedup import Dedup, read_edges
+
+Array = np.ndarray[Any, Any]
+
+WIDTH = 48
+ORIGINS = {"image_emb": "embed.vectors", "sha256": "embed.pixels", "thumbnail": "embed.thumbnails"}
+
+
+class Data:
+    """Samples as plain arrays: what the stage reads, before it is cut into shards."""
+
+    def __init__(self, vectors: Array, sha256: list[str | None]) -> None:
+        self.uids = [hashlib.md5(f"sample {i}".encode()).hexdigest() for i in range(len(vectors))]
+        self.vectors = vectors.astype(np.float16)
+        self.valid = np.ones(len(vectors), bool)
+        self.sha256 = sha256
+        self.thumbnails: list[bytes | None] = [None] * len(vectors)
+
+
+def clustered(count: int, seed: int = 0) -> Data:
+    """Draw families of pictures of several sizes, tight and loose, and loners."""
+    rng = np.random.default_rng(seed)
+    families = rng.integers(0, count // 3, count)
+    centres = rng.standard_normal((count // 3, WIDTH))
+    spread = rng.uniform(0.05, 0.6, (count // 3, 1))[families]
+    vectors = centres[families] + spread * rng.standard_normal((count, WIDTH))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    digests: list[str | None] = [hashlib.sha256(f"{i}".encode()).hexdigest() for i in range(count)]
+    return Data(vectors, digests)
+
+
+def run(
+    folder: Path, data: Data, stage: Dedup, shards: list[list[int]]
+) -> tuple[Room, dict[str, float]]:
+    """Lay data out as the earlier stages do, and run every step of the stage."""
+    folders = {
+        name: str(folder / name.replace(".", "-"))
+        for name in ("ingest", "dedup", *dict.fromkeys(ORIGINS.values()))
+    }
+    room = Room(stage, folders, ORIGINS, frozenset({"dedup"}))
+    layout = []
+    for number, rows in enumerate(shards):
+        name = f"{number:05d}"
+        layout.append({"name": name, "samples": len(rows)})
+        uids = pa.table({"uid": pa.array([data.uids[r] for r in rows], pa.string())})
+        columns = {
+            "image_emb": storage.vector_column(data.vectors[rows], data.valid[rows]),
+            "sha256": pa.array([data.sha256[r] for r in rows], pa.string()),
+            "thumbnail": pa.array([data.thumbnails[r] for r in rows], pa.binary()),
+        }
+        room.commit_shard("ingest", name, uids)
+        for column, values in columns.items():
+            room.commit_shard(ORIGINS[column], name, uids.append_column(column, values))
+    storage.commit_json(room.path("layout.json", table="ingest"), {"shards": layout})
+    counts: Counter[str] = Counter()
+    for step in stage.steps():
+        for task in step.tasks(room):
+            for key, value in step.run(room, task).items():
+                counts[f"{step.name}.{key}"] += int(value)
+    return room, dict(counts)
+
+
+def cut(count: int, shards: int) -> list[list[int]]:
+    return [part.tolist() for part in np.array_split(np.arange(count), shards)]
+
+
+def found_edges(room: Room, data: Data, shards: list[list[int]]) -> dict[tuple[str, str], float]:
+    uids = [data.uids[row] for rows in shards for row in rows]
+    left, right, cosines = read_edges(room, "edges")
+    pairs = zip(left.tolist(), right.tolist(), cosines.tolist(), strict=True)
+    return {(min(uids[a], uids[b]), max(uids[a], uids[b])): cosine for a, b, cosine in pairs}
+
+
+def true_edges(data: Data, min_cosine: float) -> dict[tuple[str, str], float]:
+    """Compare every pair in float64."""
+    rows = data.vectors.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1)
+    usable = data.valid & np.isfinite(norms) & (norms > 0)
+    rows[~usable] = 0
+    norms[~usable] = 1
+    rows /= norms[:, None]
+    cosines = rows @ rows.T
+    left, right = np.nonzero(np.triu(cosines >= min_cosine, 1))
+    return {
+        (min(data.uids[a], data.uids[b]), max(data.uids[a], data.uids[b])): float(cosines[a, b])
+        for a, b in zip(left.tolist(), right.tolist(), strict=True)
+    }
+
+
+def clusters_of(room: Room) -> dict[str, tuple[str, int]]:
+    found = {}
+    for shard in room.shards():
+        table = storage.read_table(room.shard_path("dedup", shard))
+        for row in table.to_pylist():
+            found[row["uid"]] = (row["cluster_id"], row["cluster_size"])
+    return found
+
+
+def flood(data: Data, edges: set[tuple[str, str]]) -> dict[str, str]:
+    """Label every uid with the smallest one that it reaches, by passing labels along edges."""
+    label = {uid: uid for uid in data.uids}
+    changed = True
+    while changed:
+        changed = False
+        for a, b in edges:
+            lowest = min(label[a], label[b])
+            if label[a] != lowest or label[b] != lowest:
+                label[a] = label[b] = lowest
+                changed = True
+    return label
+
+
+def test_several_cells_against_brute_force(tmp_path: Path) -> None:
+    data = clustered(2600)
+    data.vectors[5] = 0
+    data.vectors[6] = np.nan
+    data.vectors[7, 3] = np.inf
+    data.vectors[8] = data.vectors[9]
+    data.valid[8] = False
+    data.sha256[8] = None
+    data.sha256[10] = data.sha256[2000] = data.sha256[1999]
+    data.sha256[5] = data.sha256[30]  # bytes count where a vector does not
+    shards = cut(2600, 5)
+    room, counts = run(tmp_path, data, Dedup(min_cosine=0.8), shards)
+
+    assert len(storage.read_array(room.path("centroids.npy"))) == 51
+    assert counts["search.samples"] == 2600 - 4
+    truth = true_edges(data, 0.8)
+    found = found_edges(room, data, shards)
+    assert len(truth) > 1000
+    assert found.keys() <= truth.keys()
+    assert len(found) >= 0.99 * len(truth)
+    for pair, cosine in found.items():
+        assert cosine == pytest.approx(truth[pair], abs=1e-5)
+    unusable = {data.uids[row] for row in (5, 6, 7, 8)}
+    assert not any(unusable & set(pair) for pair in found)
+
+    twins = {(data.uids[1999], data.uids[10]), (data.uids[1999], data.uids[2000])}
+    twins.add((data.uids[5], data.uids[30]))
+    expected = flood(data, found.keys() | twins)
+    sizes = Counter(expected.values())
+    clusters = clusters_of(room)
+    assert clusters == {uid: (label, sizes[label]) for uid, label in expected.items()}
+    assert {clusters[data.uids[row]] for row in (6, 7, 8)} == {
+        (data.uids[row], 1) for row in (6, 7, 8)
+    }
+
+    facts = room.stage.facts(room)
+    assert facts["edges"] == {"bytes": 3, "semantic": len(found)}
+    assert facts["clusters"] == sum(size > 1 for size in sizes.values())
+    assert facts["largest_cluster"] == max(sizes.values())
+
+
+@pytest.mark.parametrize("probes", [1, 8])
+def test_recall_is_what_brute_force_says(tmp_path: Path, probes: int) -> None:
+    data = clustered(2400, seed=1)
+    shards = cut(2400, 3)
+    room, _ = run(tmp_path, data, Dedup(min_cosine=0.7, probes=probes, seed=4), shards)
+    truth, found = true_edges(data, 0.7), found_edges(room, data, shards)
+    shares = []
+    asked = storage.read_array(room.path("recall_rows.npy"))
+    assert len(set(asked.tolist())) == 1000
+    for uid in (data.uids[row] for row in asked):
+        mine = [pair for pair in truth if uid in pair]
+        if mine:
+            shares.append(sum(pair in found for pair in mine) / len(mine))
+    recall = room.stage.facts(room)["recall"]
+    assert recall["rows"] == len(shares)
+    assert recall["recall"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert recall["stderr"] == pytest.approx(np.std(shares) / len(shares) ** 0.5, abs=1e-6)
+    # One cell misses pairs, and the figure says so; eight hardly do.
+    assert recall["recall"] < 0.97 if probes == 1 else recall["recall"] > 0.99
+
+
+def test_order_and_size_of_shards_do_not_matter(tmp_path: Path) -> None:
+    data = clustered(2100, seed=2)
+    data.sha256[100] = data.sha256[1700]
+    rng = np.random.default_rng(3)
+    mixed = [part.tolist() for part in np.array_split(rng.permutation(2100), [7, 900, 901])]
+    results = []
+    for name, shards in (("one", cut(2100, 1)), ("eight", cut(2100, 8)), ("mixed", mixed)):
+        room, _ = run(tmp_path / name, data, Dedup(min_cosine=0.75), shards)
+        results.append((found_edges(room, data, shards), clusters_of(room), room.stage.facts(room)))
+    for edges, clusters, facts in results[1:]:
+        assert edges.keys() == results[0][0].keys()
+        assert clusters == results[0][1]
+        assert facts["edges"] == results[0][2]["edges"]
+        assert facts["recall"]["rows"] == results[0][2]["recall"]["rows"]
+
+
+def draw(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (100, 80), "white")
+    pen = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y, w, h = rng.integers(5, 50, 4).tolist()
+        pen.rectangle((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return image
+
+
+def test_pixels_confirm_what_cosines_propose(tmp_path: Path) -> None:
+    # Every picture has the same vector: the tower cannot tell them apart.
+    data = Data(np.ones((12, WIDTH)), [f"{i:064x}" for i in range(12)])
+    pictures = [draw(i) for i in range(6)]
+    pictures += [p.crop((4, 3, 96, 77)).resize((100, 80)) for p in pictures[:4]]
+    pictures += [pictures[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    data.thumbnails = [make_thumbnail(picture, 128) for picture in pictures] + [None]
+    data.valid[11] = False
+    shards = cut(12, 3)
+    stage = Dedup(min_cosine=0.9, min_pixel_match=0.97)
+    assert "thumbnail" in stage.reads()
+    room, counts = run(tmp_path, data, stage, shards)
+    assert counts["search.candidates"] == 11 * 10 // 2
+    planted = {tuple(sorted((data.uids[i], data.uids[i + 6]))) for i in range(4)}
+    assert found_edges(room, data, shards).keys() == planted
+    assert counts["search.edges"] == 4
+    assert room.stage.facts(room)["recall"] == {"rows": 8, "recall": 1.0, "stderr": 0.0}
+    assert "thumbnail" not in Dedup().reads()
+
+
+def test_no_usable_vector(tmp_path: Path) -> None:
+    data = Data(np.zeros((5, WIDTH)), [None] * 5)
+    data.valid[:3] = False
+    room, counts = run(tmp_path, data, Dedup(), cut(5, 2))
+    assert counts["search.samples"] == 0
+    assert clusters_of(room) == {uid: (uid, 1) for uid in data.uids}
+    facts = room.stage.facts(room)
+    assert facts["recall"] == {"rows": 0, "recall": None, "stderr": None}
+    assert facts["edges"] == {"bytes": 0, "semantic": 0}
+
+
+def test_one_sample(tmp_path: Path) -> None:
+    data = Data(np.ones((1, WIDTH)), ["0" * 64])
+    room, _ = run(tmp_path, data, Dedup(), [[0]])
+    assert clusters_of(room) == {data.uids[0]: (data.uids[0], 1)}

@@ -1,0 +1,232 @@
+"""What the tests of the whole command share: the real command, small real inputs, invariants."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate.schema import REASONS, public_columns, select_schema
+
+SAMPLE = Path(str(resources.files("curate"))) / "sample"
+CURATE = Path(sys.executable).with_name("curate")
+#: Far above what any run here takes: a hang must fail a test, not stop the suite.
+TIMEOUT_SECONDS = 300
+
+Members = list[tuple[str, bytes]]
+
+
+def curate(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command to its end."""
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_SECONDS,
+        env=os.environ | environment,
+    )
+
+
+def command(*arguments: object) -> list[str]:
+    return [str(CURATE), *map(str, arguments)]
+
+
+def succeed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the installed command and demand that it ends well and quietly."""
+    done = curate(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Error: " not in done.stderr
+    return done
+
+
+def only_error(stderr: str) -> str:
+    """Return the one line that an error is, after checking that it is one and the last."""
+    assert "Traceback" not in stderr, stderr
+    lines = stderr.splitlines()
+    errors = [line for line in lines if line.startswith("Error: ")]
+    assert len(errors) == 1, stderr
+    assert lines[-1] == errors[0], stderr
+    return errors[0]
+
+
+@lru_cache(maxsize=1)
+def sample_pairs() -> dict[str, tuple[bytes, bytes]]:
+    """Image and caption of the bundled sample by key, in its order."""
+    images: dict[str, bytes] = {}
+    captions: dict[str, bytes] = {}
+    for path in sorted((SAMPLE / "shards").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                if suffix == "txt":
+                    captions[key] = file.read()
+                elif suffix != "json":
+                    images[key] = file.read()
+    return {key: (images[key], captions[key]) for key in sorted(images)}
+
+
+@lru_cache(maxsize=1)
+def sample_truth() -> dict[str, dict[str, Any]]:
+    rows = pq.read_table(SAMPLE / "truth.parquet").to_pylist()
+    return {row["key"]: row for row in rows}
+
+
+def clean_pairs(count: int) -> list[tuple[bytes, bytes]]:
+    """Return pairs of the bundled sample with nothing wrong and no twin."""
+    truth = sample_truth()
+    twinned = {row["of_key"] for row in truth.values() if row["kind"].endswith("twin")}
+    pairs = sample_pairs()
+    keys = [key for key, row in truth.items() if row["kind"] == "clean" and key not in twinned]
+    return [pairs[key] for key in sorted(keys)[:count]]
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def pair(key: str, image: bytes, caption: bytes) -> Members:
+    return [(f"{key}.jpg", image), (f"{key}.txt", caption)]
+
+
+def write_subset(folder: Path, count: int, tars: int) -> Path:
+    """Write samples of the bundled sample, good, bad and twins, as a few tars."""
+    truth, pairs = sample_truth(), sample_pairs()
+    twins = [(key, row["of_key"]) for key, row in truth.items() if row["kind"].endswith("twin")]
+    first = [key for both in twins[: count // 4] for key in both]
+    chosen = list(dict.fromkeys([*first, *pairs]))[:count]
+    for number in range(tars):
+        part = sorted(chosen[number::tars])
+        write_tar(folder / f"{number:05d}.tar", [m for key in part for m in pair(key, *pairs[key])])
+    return folder
+
+
+def read_folder(folder: Path) -> pa.Table:
+    """Return all Parquet files of a folder as one table."""
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
+
+
+def read_decisions(out: Path) -> pa.Table:
+    return read_folder(out / "decisions")
+
+
+def read_shards(out: Path) -> pa.Table:
+    paths = sorted((out / "shards").glob("*.parquet"))
+    return read_folder(out / "shards") if paths else _empty_shards()
+
+
+def _empty_shards() -> pa.Table:
+    return select_schema(public_columns("shards")).empty_table()
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return found
+
+
+def list_tree(out: Path) -> set[str]:
+    """Return the names of all files below a folder."""
+    return {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+
+
+def stage_folders(out: Path) -> set[str]:
+    return {path.name for path in (out / "stages").iterdir()}
+
+
+def assert_sound(out: Path) -> None:
+    """Check everything that holds of any finished output, whatever went in."""
+    decisions, shards, summary = read_decisions(out), read_shards(out), read_summary(out)
+    assert summary["status"] == "finished"
+    assert decisions.schema.equals(select_schema(public_columns("decisions")))
+    assert shards.schema.equals(select_schema(public_columns("shards")))
+    rows = {row["uid"]: row for row in decisions.to_pylist()}
+    assert len(rows) == len(decisions), "uids must be unique"
+    kept = {uid for uid, row in rows.items() if row["keep"]}
+    assert shards["uid"].to_pylist() == [u for u in decisions["uid"].to_pylist() if u in kept]
+    reasons = Counter(row["reason"] for row in rows.values() if not row["keep"])
+    assert summary["counts"] == {
+        "ingested": len(rows),
+        "kept": len(kept),
+        "dropped": {code: reasons[code] for code in REASONS if reasons[code]},
+    }
+    assert sum(reasons.values()) + len(kept) == len(rows)
+    for row in rows.values():
+        _check_decision(row, rows)
+    weights = np.array([rows[uid]["weight"] for uid in kept])
+    assert not kept or abs(float(weights.mean()) - 1) < 1e-4
+    assert len(set(shards["sha256"].to_pylist())) == len(shards)
+    for row in shards.select(["uid", "caption", "captions", "weight"]).to_pylist():
+        assert row["captions"][0] == row["caption"] == rows[row["uid"]]["caption"]
+        assert row["weight"] == rows[row["uid"]]["weight"]
+    assert not [name for name in list_tree(out) if "/.tmp-" in f"/{name}"]
+
+
+def _check_decision(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    assert re.fullmatch("[0-9a-f]{32}", row["uid"])
+    if row["keep"]:
+        assert row["reason"] is None
+        assert row["failed_rules"] == []
+        assert row["representative_uid"] is None
+        return
+    assert row["reason"] == row["failed_rules"][0]
+    assert row["reason"] in REASONS
+    assert row["weight"] == 0
+    is_duplicate = row["reason"] in ("duplicate_bytes", "duplicate_semantic")
+    assert (row["representative_uid"] is not None) == is_duplicate
+    if is_duplicate:
+        representative = rows[row["representative_uid"]]
+        assert representative["keep"]
+        assert representative["cluster_id"] == row["cluster_id"]
+
+
+def assert_equal_decisions(one: Path, other: Path) -> None:
+    """Check that two outputs decide alike.
+
+    Every value is equal, but for the cosines where the two runs chose, each by its own probe, to
+    embed in another number format: those agree within what the probe tolerates.
+    """
+    mine, theirs = read_decisions(one).sort_by("uid"), read_decisions(other).sort_by("uid")
+    if chosen_precision(one) != chosen_precision(other):
+        column = "representative_cosine"
+        a, b = (table[column].to_numpy() for table in (mine, theirs))
+        assert np.array_equal(np.isnan(a), np.isnan(b))
+        from curate.models.precision import MIN_COSINE  # imports torch, which takes seconds
+
+        # Either end of a pair may have moved by as much.
+        assert np.nanmax(np.abs(a - b), initial=0.0) <= 2 * np.arccos(MIN_COSINE)
+        mine, theirs = mine.drop_columns([column]), theirs.drop_columns([column])
+    assert mine.equals(theirs)
+    kept = read_shards(one).sort_by("uid"), read_shards(other).sort_by("uid")
+    assert kept[0].equals(kept[1])
+
+
+def chosen_precision(out: Path) -> list[tuple[str, bool]]:
+    found = read_summary(out)["facts"]["embed"]["precision"]
+    return [(found[tower]["dtype"], found[tower]["channels_last"]) for tower in ("image", "text")]
+
+
+def table_differences(one: Path, other: Path) -> list[str]:
+    """Return the names of Parquet files in both outputs that hold different tables."""
+    names = sorted(name for name in list_tree(one) if name.endswith(".parquet"))
+    return [n for n in names if not pq.read_table(one / n).equals(pq.read_table(other / n))]

@@ -1,0 +1,210 @@
+"""One worker, two workers, a scheduler of its own: the same answer; unfit workers: one line."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support import (
+    TIMEOUT_SECONDS,
+    assert_equal_decisions,
+    assert_sound,
+    curate,
+    list_tree,
+    only_error,
+    read_summary,
+    succeed,
+    table_differences,
+    write_subset,
+)
+
+DASK = Path(sys.executable).with_name("dask")
+
+
+@dataclass(frozen=True)
+class Single:
+    """What one worker gives."""
+
+    source: Path
+    out: Path
+
+    def arguments(self, out: Path) -> tuple[str, ...]:
+        settings = ("--set", "ingest.shard_samples=15", "--set", "write.shard_samples=20")
+        return ("run", "dedup", "--input", str(self.source), "--output", str(out), *settings)
+
+    def begun(self, out: Path) -> Path:
+        """Leave in `out` what a run that was killed after its probe leaves.
+
+        The probe measures speed, so that two runs may choose other number formats; what it
+        chose is obeyed by every worker that resumes.
+        """
+        (vectors,) = (self.out / "stages").glob("embed.vectors-*")
+        later = shutil.ignore_patterns("manifest.json", "shards")
+        shutil.copytree(vectors, out / "stages" / vectors.name, ignore=later)
+        (out / "run.json").write_text(json.dumps({"status": "unfinished"}), encoding="utf-8")
+        return out
+
+    def assert_equalled_by(self, out: Path) -> None:
+        assert_sound(out)
+        assert list_tree(out) == list_tree(self.out)
+        assert_equal_decisions(self.out, out)
+        assert table_differences(self.out, out) == []
+        assert read_summary(out)["counts"] == read_summary(self.out)["counts"]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
+    folder = tmp_path_factory.mktemp("single")
+    run = Single(write_subset(folder / "in", 60, 3), folder / "out")
+    succeed(*run.arguments(run.out), "--workers", 1)
+    assert_sound(run.out)
+    assert len(list((run.out / "decisions").iterdir())) == 4
+    return run
+
+
+@contextlib.contextmanager
+def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in the background for as long as the block lasts."""
+    with subprocess.Popen(
+        [str(one) for one in arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[Path]:
+    """A file that says where a scheduler listens."""
+    file = tmp_path / "scheduler.json"
+    where = ("--host", "127.0.0.1", "--port", 0, "--dashboard-address", "127.0.0.1:0")
+    with started(DASK, "scheduler", *where, "--scheduler-file", file) as process:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not file.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield file
+
+
+def address(scheduler: Path) -> str:
+    found: str = json.loads(scheduler.read_text(encoding="utf-8"))["address"]
+    return found
+
+
+def worker_command(scheduler: Path) -> list[object]:
+    scratch = scheduler.parent / "scratch"
+    where = ("--host", "127.0.0.1", "--nthreads", 1, "--no-nanny", "--no-dashboard")
+    return [DASK, "worker", "--scheduler-file", scheduler, *where, "--local-directory", scratch]
+
+
+def test_two_workers_decide_as_one(single: Single, tmp_path: Path) -> None:
+    out = single.begun(tmp_path / "out")
+    succeed(*single.arguments(out), "--workers", 2)
+    single.assert_equalled_by(out)
+
+
+def test_running_scheduler_decides_as_one_worker(
+    single: Single, scheduler: Path, tmp_path: Path
+) -> None:
+    out = single.begun(tmp_path / "out")
+    one = worker_command(scheduler)
+    with started(*one), started(*one):
+        succeed(*single.arguments(out), "--scheduler", address(scheduler))
+    single.assert_equalled_by(out)
+
+
+def test_worker_of_another_version(single: Single, scheduler: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import curate\n\ncurate.__version__ = '0.0.1'\n", encoding="utf-8"
+    )
+    out = tmp_path / "out"
+    with started(*worker_command(scheduler), PYTHONPATH=str(tmp_path / "site")):
+        done = curate(*single.arguments(out), "--scheduler", address(scheduler))
+    assert done.returncode == 1
+    line = only_error(done.stderr)
+    assert "it has 0.0.1" in line
+    assert "Install the same versions" in line
+    assert read_summary(out)["status"] == "unfinished"
+    assert list_tree(out) == {".lock", "run.json", "run.log"}
+
+
+def test_worker_that_does_not_see_the_output(
+    single: Single, scheduler: Path, tmp_path: Path
+) -> None:
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-m", "true"], check=False).returncode != 0:
+        pytest.skip("needs the right to mount (root and `unshare`)")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    script = 'mount -t tmpfs tmpfs "$1"; shift; exec "$@"'
+    hidden = (unshare, "-m", "sh", "-euc", script, "sh", shared)
+    with started(*hidden, *worker_command(scheduler)):
+        done = curate(*single.arguments(shared / "out"), "--scheduler", address(scheduler))
+    assert done.returncode == 1
+    assert f"must see {shared / 'out'}; it does not" in only_error(done.stderr)
+    assert list_tree(shared / "out") == {".lock", "run.json", "run.log"}
+
+
+def test_scheduler_that_is_not_there(single: Single, tmp_path: Path) -> None:
+    arguments = (*single.arguments(tmp_path / "out"), "--scheduler")
+    done = curate(*arguments, "tcp://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "must be a running Dask scheduler; none answered" in only_error(done.stderr)
+    done = curate(*arguments, "nonsense://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "nonsense://127.0.0.1:1" in only_error(done.stderr)
+
+
+def test_cluster_file(single: Single, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(single.out, out)
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "kind: local\nn_workers: 2\nthreads_per_worker: 1\nhost: 127.0.0.1\n"
+        "dashboard_address: 127.0.0.1:0\n",
+        encoding="utf-8",
+    )
+    succeed(*single.arguments(out), "--set", "select.min_side_px=100", "--cluster", path)
+    assert_sound(out)
+    assert "image_too_small" in read_summary(out)["counts"]["dropped"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: lokal\n", "must be one of local, local-cuda, slurm, kubernetes; got 'lokal'"),
+        ("n_workers: 1\n", "got None"),
+        ("kind: local\nn_worker: 1\n", "refused its arguments"),
+        ("kind: kubernetes\n", "needs the package"),
+        ("local\n", "must be a mapping with `kind`"),
+        ("kind: [\n", "must be valid YAML"),
+        (None, "must be a readable YAML file"),
+    ],
+)
+def test_cluster_file_that_does_not_hold(
+    single: Single, tmp_path: Path, text: str | None, said: str
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    done = curate(*single.arguments(tmp_path / "out"), "--cluster", path)
+    assert done.returncode == 2
+    assert said in only_error(done.stderr)

@@ -1,0 +1,102 @@
+"""A run that was killed or stopped resumes to what an undisturbed one gives."""
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill import kill_after, spread_delays
+from tests.support import (
+    TIMEOUT_SECONDS,
+    assert_equal_decisions,
+    assert_sound,
+    chosen_precision,
+    command,
+    list_tree,
+    read_summary,
+    succeed,
+    table_differences,
+    write_subset,
+)
+
+KILLS = 3
+
+
+@dataclass(frozen=True)
+class Calm:
+    """An undisturbed run."""
+
+    source: Path
+    out: Path
+    seconds: float
+
+    def arguments(self, out: Path) -> tuple[str, ...]:
+        settings = ("--set", "ingest.shard_samples=20", "--set", "write.shard_samples=30")
+        return ("run", "dedup", "--input", str(self.source), "--output", str(out), *settings)
+
+    def assert_equalled_by(self, out: Path) -> None:
+        assert_sound(out)
+        assert_equal_decisions(self.out, out)
+        assert list_tree(out) == list_tree(self.out)
+        if chosen_precision(out) == chosen_precision(self.out):
+            assert table_differences(self.out, out) == []
+        assert read_summary(out)["counts"] == read_summary(self.out)["counts"]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    folder = tmp_path_factory.mktemp("calm")
+    run = Calm(write_subset(folder / "in", 80, 2), folder / "out", 0)
+    begun = time.monotonic()
+    succeed(*run.arguments(run.out))
+    return Calm(run.source, run.out, time.monotonic() - begun)
+
+
+def test_undisturbed_run_means_something(calm: Calm) -> None:
+    assert_sound(calm.out)
+    counts = read_summary(calm.out)["counts"]
+    assert counts["ingested"] == 80
+    assert len(list((calm.out / "decisions").iterdir())) == 4
+    assert len(list((calm.out / "shards").iterdir())) == 2
+    assert {"decode_error", "duplicate_bytes", "duplicate_semantic"} <= counts["dropped"].keys()
+
+
+def test_kill_of_all_processes_at_random_moments(calm: Calm, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    given = command(*calm.arguments(out))
+    hits = [kill_after(given, s, environment) for s in spread_delays(0, KILLS, calm.seconds)]
+    assert hits[0], "the first comes in the first third of the run"
+    succeed(*calm.arguments(out))
+    calm.assert_equalled_by(out)
+
+
+def test_interrupt_says_how_to_resume(calm: Calm, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        command(*calm.arguments(out)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not list(out.glob("stages/embed.vectors-*/precision.json")):
+            assert process.poll() is None, "the run ended early"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == (
+        "Stopped. What was finished is kept: run the same command again to resume."
+    )
+    assert read_summary(out)["status"] == "unfinished"
+    succeed(*calm.arguments(out))
+    calm.assert_equalled_by(out)
