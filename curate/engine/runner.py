@@ -243,7 +243,7 @@ def run(
         _commit_run(out, {**previous, "status": "unfinished", "pipeline": pipeline.text})
     with Workers(options, out) as workers:
         for bound in unfinished:
-            workers.warm(bound.stage.warm)
+            workers.warm(bound.stage.warm, bound.room)
         for bound in unfinished:
             _run_stage(bound, workers, progress)
     summary = _summarise(pipeline, stages, time.monotonic() - begun)

@@ -6,6 +6,12 @@ from curate import storage
 
 __all__ = ["describe_run"]
 
+_ODDITIES = {
+    "truncated_files": "input files are cut off; what comes before the cut was read",
+    "incomplete_shards": "img2dataset shards have no _stats.json: the download was not finished",
+    "unreadable_tables": "tables beside tars could not be read and were left out",
+}
+
 _PLACES = (
     ("Pictures", "report/index.html"),
     ("Decisions", "decisions"),
@@ -25,6 +31,7 @@ def describe_run(summary: dict[str, Any], out: str) -> str:
     out : str
     """
     lines: list[str] = []
+    scanned = summary["stages"]["ingest"]["steps"].get("scan", {})
     counts = summary.get("counts")
     if counts is not None:
         lines += _describe_counts(counts)
@@ -32,7 +39,7 @@ def describe_run(summary: dict[str, Any], out: str) -> str:
         lines += ["", *_describe_time(summary)]
     else:
         lines += ["", "Nothing to do: every stage was complete."]
-    lines += ["", *_describe_facts(summary.get("facts", {}))]
+    lines += ["", *_describe_facts(summary["facts"], scanned)]
     for name, place in _PLACES:
         if storage.exists(storage.join(out, place)):
             lines.append(f"{name:<11}{storage.join(out, place)}")
@@ -63,8 +70,11 @@ def _describe_time(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_facts(facts: dict[str, Any]) -> list[str]:
+def _describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str]:
     lines = []
+    for name, meaning in _ODDITIES.items():
+        if scanned.get(name):
+            lines.append(f"Warning: {scanned[name]:.0f} {meaning}")
     recall = facts.get("dedup", {}).get("recall", {})
     if recall.get("recall") is not None:
         lines.append(

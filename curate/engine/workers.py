@@ -22,6 +22,9 @@ __all__ = ["ClusterOptions", "Workers", "count_cores", "count_gpus"]
 #: enough that a run of a million tasks does not live in the scheduler.
 _AHEAD = 4
 
+#: Where local workers put their own files; the process that started them is part of the name.
+_SCRATCH = "curate-dask-"
+
 _CLUSTERS = {
     "local": ("distributed", "LocalCluster"),
     "local-cuda": ("dask_cuda", "LocalCUDACluster"),
@@ -124,11 +127,11 @@ class Workers:
             submit_next()
             yield task, result
 
-    def warm(self, load: Callable[[], None]) -> None:
+    def warm(self, load: Callable[..., None], *arguments: Any) -> None:
         """Call `load` in the background of every worker, while it works on other tasks."""
         self.start()
         if self._gpus < 2:  # with several, the first task decides which one a worker sees
-            self._client.run(_in_background, load)
+            self._client.run(_in_background, load, *arguments)
 
     def start(self) -> None:
         """Start or reach the cluster, unless that was done before."""
@@ -147,10 +150,12 @@ class Workers:
         from distributed import Client, LocalCluster
 
         cores, gpus = count_cores(), count_gpus()
-        self.count = self._options.workers or gpus or cores
+        # More workers than cores would only share them, and load every model once more.
+        self.count = min(self._options.workers or gpus or cores, max(gpus, cores))
         self.threads = max(1, cores // self.count)
         self._gpus = gpus
-        scratch = tempfile.mkdtemp(prefix="curate-dask-")
+        _clear_scratch()
+        scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
         self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         # A task's exception is raised here: workers need not print it, traceback and all, before.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -259,9 +264,9 @@ class Workers:
                     )
 
 
-def _in_background(load: Callable[[], None]) -> None:
+def _in_background(load: Callable[..., None], *arguments: Any) -> None:
     # A daemon: whatever goes wrong here goes wrong again, and is told, in the task that needs it.
-    threading.Thread(target=load, daemon=True).start()
+    threading.Thread(target=load, args=arguments, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -286,6 +291,14 @@ def _on_own_gpu(gpus: int, function: Callable[..., Any], *arguments: Any) -> Any
         chosen = visible.split(",")[int(get_worker().name) % gpus]
         os.environ.update({"CUDA_VISIBLE_DEVICES": chosen, "CURATE_GPU": chosen})
     return function(*arguments)
+
+
+def _clear_scratch() -> None:
+    """Remove what the workers of killed runs left in the folder for temporary files."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _describe_worker(probe: str) -> tuple[bool, dict[str, str]]:

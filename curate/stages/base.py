@@ -171,7 +171,7 @@ class Stage(BaseModel):
         """Identity of everything read from outside OUT; part of the fingerprint."""
         return []
 
-    def warm(self) -> None:
+    def warm(self, room: Room) -> None:
         """Load what the tasks will need; called in the workers' background while others run."""
 
     def facts(self, room: Room) -> dict[str, Any]:

@@ -80,10 +80,11 @@ class Embed(Stage):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {**super().hashed_fields(), "encoder": f"{family}:{model}/sha256:{digest}"}
 
-    def warm(self) -> None:
+    def warm(self, room: Room) -> None:
         from curate.models.precision import pick_device
 
-        _load(self.encoder, pick_device())
+        if "embed.vectors" in room.missing:
+            _load(self.encoder, pick_device())
 
     def facts(self, room: Room) -> dict[str, Any]:
         return {"precision": storage.read_json(room.path("precision.json"))}

@@ -179,8 +179,9 @@ def _decide(room: Room, task: str) -> dict[str, float]:
         facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
         eligible = eligible & ~failed["mismatched"]
     representative, cosine, exact = copies.walk(eligible)
-    failed["duplicate_bytes"] = (representative >= 0) & exact
-    failed["duplicate_semantic"] = (representative >= 0) & ~exact
+    if room.has("cluster_id"):
+        failed["duplicate_bytes"] = (representative >= 0) & exact
+        failed["duplicate_semantic"] = (representative >= 0) & ~exact
     keep = eligible & (representative < 0)
     captions = table["caption"].to_pylist()
     decisions = {
@@ -242,16 +243,21 @@ def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> N
 def _mismatch_rule(
     stage: Select, table: pa.Table, copies: _Copies, eligible: Array, failed: dict[str, Array]
 ) -> dict[str, Any]:
-    """Find the limit that keeps the promise among what is kept in the end, copies gone."""
-    assert stage.max_mismatch_rate is not None
+    """Find a limit that keeps the promise among what is kept in the end, copies gone."""
+    rate = stage.max_mismatch_rate
+    assert rate is not None
     probability = _numbers(table, "mismatch_probability")
-    distinct = eligible & (copies.walk(eligible)[0] < 0)
-    limit, _ = mismatch_limit(probability[distinct], stage.max_mismatch_rate)
-    # A sample without a score cannot be judged by it; `unscored` says how many there are.
-    failed["mismatched"] = np.nan_to_num(probability, nan=-1.0) > limit
-    sound = eligible & ~failed["mismatched"]
-    kept = probability[sound & (copies.walk(sound)[0] < 0)]
-    scored = kept[~np.isnan(kept)]
+    limit, _ = mismatch_limit(probability[eligible], rate)
+    while True:
+        # A sample without a score cannot be judged by it; `unscored` says how many there are.
+        failed["mismatched"] = np.nan_to_num(probability, nan=-1.0) > limit
+        sound = eligible & ~failed["mismatched"]
+        kept = probability[sound & (copies.walk(sound)[0] < 0)]
+        scored = kept[~np.isnan(kept)]
+        if len(scored) == 0 or scored.mean() <= rate:
+            break
+        # Copies of good pairs made room for bad ones, and are gone: the limit can only fall.
+        limit, _ = mismatch_limit(kept, rate)
     return {
         "max_probability": limit,
         "expected_rate": float(scored.mean()) if len(scored) else None,
