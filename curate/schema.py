@@ -15,7 +15,6 @@ __all__ = [
     "REASONS",
     "Column",
     "describe_columns",
-    "empty_table",
     "markdown_tables",
     "public_columns",
     "select_schema",
@@ -151,11 +150,6 @@ def select_schema(names: Iterable[str]) -> pa.Schema:
             raise KeyError(f"{name} is a vector: its type depends on the encoder")
         fields.append(pa.field(name, column.type))
     return pa.schema(fields)
-
-
-def empty_table(names: Iterable[str]) -> pa.Table:
-    """Table of the named columns with no rows."""
-    return select_schema(names).empty_table()
 
 
 def describe_columns() -> dict[str, Any]:

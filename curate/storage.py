@@ -45,7 +45,6 @@ __all__ = [
     "mirror",
     "read_array",
     "read_json",
-    "read_rows",
     "read_table",
     "read_vectors",
     "remove",
@@ -327,12 +326,6 @@ def read_vectors(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, Any], np.ndar
     if not valid.all():
         vectors = np.where(valid[:, None], vectors, np.float16(0))
     return vectors, valid
-
-
-def read_rows(url: str, column: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return some rows of a vector column: (len(rows), D) float16, in the order asked for."""
-    vectors, _ = read_vectors(read_table(url, [column])[column])
-    return vectors[rows]
 
 
 def join_aligned(tables: Iterable[tuple[str, pa.Table]]) -> pa.Table:

@@ -220,9 +220,6 @@ def test_vectors_round_trip(folder: str, count: int) -> None:
     assert found.shape == (count, 5)
     np.testing.assert_array_equal(found, vectors)
     np.testing.assert_array_equal(found_valid, valid)
-    if count:
-        rows = np.array([count - 1, 0, count // 2, 0])
-        np.testing.assert_array_equal(storage.read_rows(url, "image_emb", rows), vectors[rows])
 
 
 def test_vectors_of_sliced_and_chunked_columns() -> None:

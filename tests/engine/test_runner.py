@@ -391,6 +391,7 @@ def test_an_empty_output_and_an_earlier_run_are_taken(tmp_path: Path) -> None:
     for _ in range(2):
         with lock_output(out):
             storage.commit_json(f"{out}/run.json", {"status": "unfinished"})
+    assert storage.read_json(f"{out}/run.json") == {"status": "unfinished"}
 
 
 def test_two_runs_on_one_output(tmp_path: Path) -> None:
