@@ -25,7 +25,7 @@ MIN_COSINE = 0.99
 #: factor of two, such as emulated bfloat16 costs, is told apart surely. The price: a tower that
 #: loses less than half of its speed by the preferred format keeps it (ViT-B/32 loses a quarter).
 MIN_SPEED_SHARE = 0.5
-_ROUNDS = 4
+_ROUNDS = 2
 #: Rows timed: rates hardly depend on the batch, and the slowest variant takes 25 ms a picture.
 _ROWS = 4
 
