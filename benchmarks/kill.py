@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -51,6 +52,32 @@ def spread_delays(seed: int, rounds: int, seconds: float) -> list[float]:
     return [seconds * (i + rng.random()) / rounds for i in range(rounds)]
 
 
+@contextlib.contextmanager
+def dask_cluster(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run a scheduler and two worker processes on loopback; yield the scheduler's address."""
+    dask = str(Path(sys.executable).with_name("dask"))
+    file = folder / "scheduler.json"
+    listen = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--port", "0"]
+    worker = ["--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard"]
+    commands = [
+        [dask, "scheduler", *listen, "--scheduler-file", str(file)],
+        *[[dask, "worker", "--scheduler-file", str(file), *worker]] * 2,
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    processes = [subprocess.Popen(command, cwd=folder, **quiet) for command in commands]
+    try:
+        while not file.exists():
+            if processes[0].poll() is not None:
+                raise click.ClickException("the Dask scheduler did not start")
+            time.sleep(0.1)
+        yield json.loads(file.read_text(encoding="utf-8"))["address"]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
+
+
 def list_files(out: Path) -> set[str]:
     """Return the names of all files below a folder."""
     return {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
@@ -87,6 +114,12 @@ def _precision(out: Path) -> list[tuple[str, bool]]:
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--pipeline", default="offline", show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Worker processes of every run.")
+@click.option(
+    "--separate-scheduler",
+    is_flag=True,
+    help="The killed runs use a Dask scheduler and two workers that are started once.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--input",
@@ -100,7 +133,15 @@ def _precision(out: Path) -> list[tuple[str, bool]]:
     type=click.Path(file_okay=False, path_type=Path),
     help="New folder for both outputs, which then stay; by default one that is removed.",
 )
-def main(rounds: int, pipeline: str, seed: int, source: Path, work: Path | None) -> None:
+def main(
+    rounds: int,
+    pipeline: str,
+    workers: int | None,
+    separate_scheduler: bool,
+    seed: int,
+    source: Path,
+    work: Path | None,
+) -> None:
     """Kill -9 the process group of a run at random moments, then let it end.
 
     Prints a line of JSON: kills asked for, kills that hit a running process, whether the
@@ -112,16 +153,21 @@ def main(rounds: int, pipeline: str, seed: int, source: Path, work: Path | None)
         # What killed workers leave in the system's folder of temporary files goes with ours.
         environment = os.environ | {"TMPDIR": temporary}
         calm, killed = folder / "undisturbed", folder / "killed"
+        where = [] if workers is None else ["--workers", str(workers)]
         begun = time.monotonic()
-        _finish(run_command(pipeline, source, calm), environment)
+        _finish(run_command(pipeline, source, calm, *where), environment)
         seconds = time.monotonic() - begun
-        command = run_command(pipeline, source, killed)
-        hits = 0
-        for delay in spread_delays(seed, rounds, seconds):
-            hit = kill_after(command, delay, environment)
-            click.echo(f"killed after {delay:.1f} s: {'hit' if hit else 'had ended'}", err=True)
-            hits += hit
-        _finish(command, environment)
+        with contextlib.ExitStack() as stack:
+            if separate_scheduler:
+                address = stack.enter_context(dask_cluster(Path(temporary), environment))
+                where = ["--scheduler", address]
+            command = run_command(pipeline, source, killed, *where)
+            hits = 0
+            for delay in spread_delays(seed, rounds, seconds):
+                hit = kill_after(command, delay, environment)
+                click.echo(f"killed after {delay:.1f} s: {'hit' if hit else 'had ended'}", err=True)
+                hits += hit
+            _finish(command, environment)
         report = {"rounds": rounds, "kills": hits, "undisturbed_seconds": round(seconds, 1)}
         click.echo(json.dumps({**report, **compare(calm, killed)}))
 

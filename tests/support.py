@@ -201,29 +201,9 @@ def _check_decision(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> Non
 
 
 def assert_equal_decisions(one: Path, other: Path) -> None:
-    """Check that two outputs decide alike.
-
-    Every value is equal, but for the cosines where the two runs chose, each by its own probe, to
-    embed in another number format: those agree within what the probe tolerates.
-    """
-    mine, theirs = read_decisions(one).sort_by("uid"), read_decisions(other).sort_by("uid")
-    if chosen_precision(one) != chosen_precision(other):
-        column = "representative_cosine"
-        a, b = (table[column].to_numpy() for table in (mine, theirs))
-        assert np.array_equal(np.isnan(a), np.isnan(b))
-        from curate.models.precision import MIN_COSINE  # imports torch, which takes seconds
-
-        # Either end of a pair may have moved by as much.
-        assert np.nanmax(np.abs(a - b), initial=0.0) <= 2 * np.arccos(MIN_COSINE)
-        mine, theirs = mine.drop_columns([column]), theirs.drop_columns([column])
-    assert mine.equals(theirs)
-    kept = read_shards(one).sort_by("uid"), read_shards(other).sort_by("uid")
-    assert kept[0].equals(kept[1])
-
-
-def chosen_precision(out: Path) -> list[tuple[str, bool]]:
-    found = read_summary(out)["facts"]["embed"]["precision"]
-    return [(found[tower]["dtype"], found[tower]["channels_last"]) for tower in ("image", "text")]
+    """Check that two outputs decide alike, to the last digit."""
+    for read in (read_decisions, read_shards):
+        assert read(one).sort_by("uid").equals(read(other).sort_by("uid"))
 
 
 def table_differences(one: Path, other: Path) -> list[str]:

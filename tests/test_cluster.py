@@ -40,18 +40,6 @@ class Single:
         settings = ("--set", "ingest.shard_samples=15", "--set", "write.shard_samples=20")
         return ("run", "dedup", "--input", str(self.source), "--output", str(out), *settings)
 
-    def begun(self, out: Path) -> Path:
-        """Leave in `out` what a run that was killed after its probe leaves.
-
-        The probe measures speed, so that two runs may choose other number formats; what it
-        chose is obeyed by every worker that resumes.
-        """
-        (vectors,) = (self.out / "stages").glob("embed.vectors-*")
-        later = shutil.ignore_patterns("manifest.json", "shards")
-        shutil.copytree(vectors, out / "stages" / vectors.name, ignore=later)
-        (out / "run.json").write_text(json.dumps({"status": "unfinished"}), encoding="utf-8")
-        return out
-
     def assert_equalled_by(self, out: Path) -> None:
         assert_sound(out)
         assert list_tree(out) == list_tree(self.out)
@@ -115,7 +103,7 @@ def worker_command(scheduler: Path) -> list[object]:
 
 
 def test_two_workers_decide_as_one(single: Single, tmp_path: Path) -> None:
-    out = single.begun(tmp_path / "out")
+    out = tmp_path / "out"
     succeed(*single.arguments(out), "--workers", 2)
     single.assert_equalled_by(out)
 
@@ -123,7 +111,7 @@ def test_two_workers_decide_as_one(single: Single, tmp_path: Path) -> None:
 def test_running_scheduler_decides_as_one_worker(
     single: Single, scheduler: Path, tmp_path: Path
 ) -> None:
-    out = single.begun(tmp_path / "out")
+    out = tmp_path / "out"
     one = worker_command(scheduler)
     with started(*one), started(*one):
         succeed(*single.arguments(out), "--scheduler", address(scheduler))
