@@ -28,6 +28,7 @@ from curate.stages.base import Stage, Step, Table
 #: What a stage needs to do anything at all on a few dozen samples.
 FIELDS: dict[str, dict[str, Any]] = {
     "dedup": {"min_cosine": 0.7, "min_pixel_match": 0.97},
+    "score": {"proxy": "clip", "proxies": 4, "clip_epochs": 1, "clip_views": 1},
     "select": {"min_caption_chars": 3, "min_side_px": 8, "max_aspect": 4},
     "write": {"shard_samples": 7, "webdataset": True},
     "report": {"pictures": 3},
@@ -370,7 +371,7 @@ class _Filler(Stage):
 #: Tried in turn until one is valid and not what the field has anyway.
 _VALUES: tuple[Any, ...] = (
     True, False, 0.5, 2, 3, 4, 30, 150, 20_000,
-    "other", "folder", "open_clip:ViT-B-32/laion2b_s34b_b79k",
+    "other", "folder", "heads", "open_clip:ViT-B-32/laion2b_s34b_b79k",
     {"column": "width", "fraction": 0.5}, [{"column": "width", "min": 1}], ["resolution"],
 )  # fmt: skip
 

@@ -3,10 +3,12 @@
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["Decoded", "decode", "make_thumbnail", "read_thumbnail"]
+__all__ = ["Decoded", "decode", "make_thumbnail", "read_square", "read_thumbnail"]
 
 #: What Pillow may try: raster formats with decoders that are fuzzed upstream. Formats that run
 #: programs or fetch files (EPS, MSP and the like) are left out.
@@ -112,3 +114,9 @@ def read_thumbnail(data: bytes) -> Image.Image:
     """Decode what `make_thumbnail` wrote."""
     with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
         return image.convert("RGB")
+
+
+def read_square(data: bytes, side_px: int) -> np.ndarray[Any, Any]:
+    """Decode a thumbnail and squeeze it to a square: (3, side_px, side_px) uint8."""
+    square = read_thumbnail(data).resize((side_px, side_px), Image.Resampling.BILINEAR)
+    return np.asarray(square, np.uint8).transpose(2, 0, 1)

@@ -15,13 +15,22 @@ from torch import Tensor
 from curate.models.encoders import torch_threads
 from curate.models.proxy import Heads, HeadsShape, contrastive_loss
 
-__all__ = ["Front", "Recipe", "Training", "fit_front", "has_learned", "train_heads"]
+__all__ = [
+    "RETRIES",
+    "Front",
+    "Recipe",
+    "Training",
+    "decay_rate",
+    "fit_front",
+    "has_learned",
+    "train_heads",
+]
 
 Array = np.ndarray[Any, Any]
 Front = tuple[Array, Array]
 
 #: Times that a diverged training is begun again with another seed.
-_RETRIES = 2
+RETRIES = 2
 
 #: A last epoch above this share of the loss at chance has learned nothing.
 _CHANCE_SHARE = 0.99
@@ -132,7 +141,7 @@ def train_heads(
     Training
     """
     with torch_threads(1):
-        for attempt in range(_RETRIES + 1):
+        for attempt in range(RETRIES + 1):
             torch.manual_seed(seed + attempt * 1_000_003)
             heads, white = _start(shape, fronts, pairs)
             losses = _fit(heads, white, groups, recipe)
@@ -211,7 +220,7 @@ def _fit(heads: Heads, white: list[Tensor], groups: Array, recipe: Recipe) -> li
         heads.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     total = steps * recipe.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: decay_rate(step, total))
     losses: list[float] = []
     heads.train()
     while len(losses) < recipe.epochs and (not losses or math.isfinite(losses[-1])):
@@ -236,7 +245,8 @@ def _fit(heads: Heads, white: list[Tensor], groups: Array, recipe: Recipe) -> li
     return losses
 
 
-def _rate(step: int, total: int) -> float:
+def decay_rate(step: int, total: int) -> float:
+    """Learning rate as a share of its highest: up over a tenth of the steps, then a cosine to 0."""
     warm = max(1, total // 10)
     if step < warm:
         return (step + 1) / warm

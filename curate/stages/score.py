@@ -13,6 +13,15 @@ from curate import storage
 from curate.memorization.mismatch import Detector, fit_detector
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+from curate.stages.score_clips import (
+    MEMORIZATION,
+    collect_pairs,
+    fold_vocabulary,
+    summarize_clips,
+    train_clip_proxy,
+    view_shard,
+    write_memorization,
+)
 from curate.stages.score_evidence import (
     ALIGNMENT,
     draw_folds,
@@ -27,15 +36,10 @@ __all__ = ["Score"]
 
 Array = np.ndarray[Any, Any]
 
-_COLUMNS = (
-    *ALIGNMENT,
-    "memorization_score",
-    "memorization_score_stderr",
-    "mismatch_probability",
-    "mismatch_probability_stderr",
-    "rarity",
-    "memorization_kind",
-)
+_COLUMNS = (*ALIGNMENT, "mismatch_probability", "mismatch_probability_stderr", "rarity")
+_MEMORIZATION_COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kind")
+#: What only the proxies trained end to end depend on.
+_CLIP_FIELDS = ("proxy", "clip_epochs", "clip_views")
 
 
 class Score(Stage):
@@ -43,13 +47,21 @@ class Score(Stage):
 
     name: ClassVar[str] = "score"
 
-    proxy: Literal["heads"] = Field(
-        "heads", description="kind of proxy: `heads`, two small heads over the frozen vectors"
+    proxy: Literal["heads", "clip"] = Field(
+        "heads",
+        description="`heads`: two small heads over the frozen vectors, for mismatch; `clip`: "
+        "besides them small CLIPs trained end to end on thumbnails, for memorization",
     )
     proxies: int = Field(
         8, description="number of proxies, even: every two train on complementary halves", ge=2
     )
     epochs: int = Field(6, description="passes of a proxy over its half", ge=0, le=1000)
+    clip_epochs: int = Field(
+        30, description="passes of a proxy trained end to end over its half", ge=1, le=1000
+    )
+    clip_views: int = Field(
+        4, description="crops over which such a proxy's alignment is averaged", ge=1, le=4
+    )
     seed: int = Field(0, description="draws halves, references, phantoms, first weights", ge=0)
     min_samples: int = Field(
         500, description="with fewer usable samples all scores are null", ge=20
@@ -72,22 +84,38 @@ class Score(Stage):
         return value
 
     def reads(self) -> tuple[str, ...]:
-        return ("image_emb", "text_emb", "cluster_id", "caption")
+        needed = ("image_emb", "text_emb", "cluster_id", "caption")
+        return (*needed, "thumbnail") if self.proxy == "clip" else needed
 
     def wants(self) -> tuple[str, ...]:
-        return ("clip_score",)
+        # The thumbnails are wanted by either kind, so that going over to the other one leaves the
+        # fingerprint of what both share.
+        return ("clip_score",) if self.proxy == "clip" else ("thumbnail", "clip_score")
 
     def tables(self) -> tuple[Table, ...]:
-        return (Table("score", _COLUMNS),)
+        shared = tuple(name for name in self.hashed_fields() if name not in _CLIP_FIELDS)
+        return (
+            Table("score", _COLUMNS, shared),
+            Table(MEMORIZATION, _MEMORIZATION_COLUMNS),
+        )
 
     def steps(self) -> tuple[Step, ...]:
+        pairs, memorized = ("score",), (MEMORIZATION,)
+        clips = (
+            Step("pairs", collect_pairs, _scored_shards, memorized),
+            Step("words", fold_vocabulary, _words_tasks, memorized),
+            Step("clips", train_clip_proxy, _proxy_tasks, memorized),
+            Step("views", view_shard, _scored_shards, memorized),
+        )
         return (
-            Step("bank", fill_bank, one_task),
-            Step("proxies", train_proxy, _proxy_tasks),
-            Step("project", project_shard, _scored_shards),
-            Step("evidence", gather_shard, _scored_shards),
-            Step("detector", _train_detector, one_task),
-            Step("table", _write_shard, shard_tasks),
+            Step("bank", fill_bank, one_task, pairs),
+            Step("proxies", train_proxy, _proxy_tasks, pairs),
+            Step("project", project_shard, _scored_shards, pairs),
+            Step("evidence", gather_shard, _scored_shards, pairs),
+            Step("detector", _train_detector, one_task, pairs),
+            Step("table", _write_shard, shard_tasks, pairs),
+            *(clips if self.proxy == "clip" else ()),
+            Step("memorization", write_memorization, shard_tasks, memorized),
         )
 
     def facts(self, room: Room) -> dict[str, Any]:
@@ -110,6 +138,8 @@ class Score(Stage):
             }
             for record in records
         ]
+        if self.proxy == "clip":
+            facts["clips"] = summarize_clips(room)
         facts["mismatch"] = storage.read_json(room.path("detector.json"))["facts"]
         return facts
 
@@ -121,6 +151,10 @@ def _stage(room: Room) -> Score:
 
 def _proxy_tasks(room: Room) -> list[str]:
     return [str(proxy) for proxy in range(_stage(room).proxies)] if read_plan(room).scored else []
+
+
+def _words_tasks(room: Room) -> list[str]:
+    return one_task(room) if read_plan(room).scored else []
 
 
 def _scored_shards(room: Room) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curate.formats.pixels import decode, make_thumbnail, read_thumbnail
+from curate.formats.pixels import decode, make_thumbnail, read_square, read_thumbnail
 
 MANY = 10_000_000
 EXIF_ORIENTATION = 0x0112
@@ -270,3 +270,20 @@ def test_thumbnails_are_the_same_each_time() -> None:
 def test_thumbnails_are_read_as_webp_only() -> None:
     with pytest.raises(OSError, match="cannot identify"):
         read_thumbnail(encoded(gradient(9, 9), "PNG"))
+
+
+@pytest.mark.parametrize("size", [(128, 64), (3, 128), (64, 64), (1, 1)])
+def test_thumbnails_are_squeezed_to_a_square(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (200, 100, 0))
+    pixels = read_square(make_thumbnail(image, 128), 32)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.mean((1, 2)) - [200, 100, 0]).max() < 8
+
+
+def test_a_square_is_upright() -> None:
+    image = Image.new("RGB", (120, 60), "white")
+    image.paste((0, 0, 0), (0, 0, 120, 30))
+    pixels = read_square(make_thumbnail(image, 128), 64)
+    assert pixels[:, :28].max() < 40
+    assert pixels[:, 36:].min() > 215

@@ -77,7 +77,8 @@ def _make(count: int = COUNT, share: float = 0.1, widths: tuple[int, int] = (48,
 
 
 def _room(folder: Path, samples: Set, stage: Score, shards: int) -> Room:
-    places = {name: str(folder / name) for name in ("ingest", "embed.vectors", "dedup", "score")}
+    tables = ("ingest", "embed.vectors", "dedup", *(table.name for table in stage.tables()))
+    places = {name: str(folder / name) for name in tables}
     names = [f"{number:05d}" for number in range(shards)]
     layout = []
     for name, rows in zip(names, np.array_split(np.arange(len(samples.uids)), shards), strict=True):
@@ -90,12 +91,12 @@ def _room(folder: Path, samples: Set, stage: Score, shards: int) -> Room:
         if samples.clip_score:
             cosines = (part.image.astype("f4") * part.text.astype("f4")).sum(1)
             vectors["clip_score"] = pa.array(cosines)
-        tables = {
+        contents = {
             "ingest": {"caption": pa.array(part.captions, pa.string())},
             "embed.vectors": vectors,
             "dedup": {"cluster_id": pa.array(part.clusters, pa.string())},
         }
-        for table, columns in tables.items():
+        for table, columns in contents.items():
             path = f"{places[table]}/shards/{name}.parquet"
             storage.commit_table(path, pa.table({"uid": uids, **columns}))
         layout.append({"name": name, "samples": len(rows)})
@@ -104,7 +105,7 @@ def _room(folder: Path, samples: Set, stage: Score, shards: int) -> Room:
     if samples.clip_score:
         origins["clip_score"] = "embed.vectors"
     origins |= {"caption": "ingest", "cluster_id": "dedup"}
-    return Room(stage, places, origins, frozenset({"score"}))
+    return Room(stage, places, origins, frozenset(table.name for table in stage.tables()))
 
 
 def _run(room: Room) -> tuple[pa.Table, dict[str, float]]:
@@ -113,8 +114,13 @@ def _run(room: Room) -> tuple[pa.Table, dict[str, float]]:
         for task in step.tasks(room):
             for name, value in step.run(room, task).items():
                 counts[name] = counts.get(name, 0) + value
-    shards = [storage.read_table(room.shard_path("score", shard)) for shard in room.shards()]
+    shards = [_read(room, shard) for shard in room.shards()]
     return pa.concat_tables(shards), counts
+
+
+def _read(room: Room, shard: str) -> pa.Table:
+    paths = [room.shard_path(table.name, shard) for table in room.stage.tables()]
+    return storage.join_aligned((path, storage.read_table(path)) for path in paths)
 
 
 @cache

@@ -1,0 +1,100 @@
+"""What memorizing a sample does: help the rare and right, or harm by the wrong."""
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["coherence", "measure_memorization", "tell_kinds"]
+
+Array = np.ndarray[Any, Any]
+
+#: A sample counts as memorized if this share of its coherence under proxies that trained on it is
+#: missing under those that did not, and the difference exceeds this many standard errors.
+_MEMORIZED_SHARE = 0.5
+_SURE = 2.0
+
+#: Above this probability of mismatch, what was memorized is wrong.
+_WRONG = 0.5
+
+
+def coherence(alignment: Array, image: Array, text: Array, held_out: Array) -> Array:
+    """Cross-modal coherence of pairs under one proxy, from stored means over views.
+
+    Parameters
+    ----------
+    alignment : (N,) floating, [-1, 1]
+        Mean over views of the pair's cosine.
+    image, text : (N, D) floating
+        Means over views of the unit vectors.
+    held_out : (D,) floating
+        Mean over samples that the proxy left out of image plus text vector.
+
+    Returns
+    -------
+    (N,) float64
+        1 + alignment - half the product with the held-out mean: `1/2 |u|^2 - 1/2 <u, mean u_h>`
+        for u = image + text. Higher: the parts agree with each other more than with others.
+
+    References
+    ----------
+    Wang et al., MultiMem (arXiv:2606.22220): CMC, for two modalities.
+    """
+    both = image.astype(np.float64) + text.astype(np.float64)
+    result: Array = 1 + np.asarray(alignment, np.float64) - both @ held_out.astype(np.float64) / 2
+    return result
+
+
+def measure_memorization(values: Array, inside: Array) -> tuple[Array, Array]:
+    """Mean coherence under in-proxies minus that under out-proxies (MultiMem, raw, n = 2).
+
+    Parameters
+    ----------
+    values : (N, P) floating
+        Coherence under every proxy; NaN where a sample has none.
+    inside : (N, P) bool
+        Whether the proxy trained on the sample. Every row holds P / 2 times True.
+
+    Returns
+    -------
+    score : (N,) float64
+        Higher: memorized more; 0 for a sample whose fit does not depend on training on it.
+    stderr : (N,) float64
+        Over the P / 2 pairs of complementary proxies; NaN below two.
+
+    References
+    ----------
+    Feldman and Zhang (arXiv:2008.03703), section 2: the subset-sampling estimator.
+    """
+    half = (len(values), values.shape[1] // 2)
+    gaps = values[inside].reshape(half) - values[~inside].reshape(half)
+    error = np.full(len(values), np.nan)
+    if half[1] > 1:
+        error = gaps.std(1, ddof=1) / np.sqrt(half[1])
+    return gaps.mean(1), error
+
+
+def tell_kinds(
+    score: Array, stderr: Array, coherence_in: Array, mismatch: Array
+) -> list[str | None]:
+    """Tell harmful from beneficial memorization.
+
+    Parameters
+    ----------
+    score, stderr : (N,) floating
+        See `measure_memorization`; NaN where unknown.
+    coherence_in : (N,) floating
+        Mean coherence under in-proxies; about 1 for unrelated parts.
+    mismatch : (N,) floating, [0, 1]
+        Probability that the caption does not belong to the image; NaN where unknown.
+
+    Returns
+    -------
+    list of str or None
+        `none`: generalised; `harmful`: memorized and mismatched; `beneficial`: memorized and, by
+        the evidence, correct. None where score or probability is unknown.
+    """
+    memorized = score > _SURE * np.nan_to_num(stderr)
+    memorized &= score > _MEMORIZED_SHARE * np.maximum(coherence_in - 1, 0)
+    known = np.isfinite(score) & np.isfinite(mismatch)
+    kinds = np.where(memorized, np.where(mismatch >= _WRONG, "harmful", "beneficial"), "none")
+    return [str(kind) if sure else None for kind, sure in zip(kinds, known, strict=True)]

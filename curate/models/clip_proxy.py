@@ -1,0 +1,279 @@
+"""The proxy trained end to end, whole: a small CLIP over thumbnails and tokens.
+
+open_clip's own model class and loss, at a size that trains some 500 pairs a second on one core: a
+residual tower of one block per stage and a two-layer text transformer, over a vocabulary cut down
+to the set's own words. Nothing in it has seen a picture or a caption before.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from curate.errors import StorageError
+
+__all__ = [
+    "CONTEXT",
+    "MARKS",
+    "MAX_VIEWS",
+    "ClipShape",
+    "GroupedClipLoss",
+    "build_clip",
+    "dump_clip",
+    "embed_views",
+    "encode",
+    "fold_tokens",
+    "load_clip",
+    "normalise_pixels",
+    "pick_dtype",
+    "tokenize",
+]
+
+Array = np.ndarray[Any, Any]
+
+#: Tokens read of a caption, with start and end: longer ones are cut.
+CONTEXT = 24
+#: Ids of CLIP's vocabulary that every caption holds; the end mark is the highest id of all, by
+#: which the text tower finds the token to pool.
+_START, _END = 49406, 49407
+#: What is no word: padding, start, end.
+MARKS = (0, _START, _END)
+#: In the folded vocabulary: padding, any word outside it, then the words, start and end.
+_PADDING, _UNKNOWN, _FIRST_WORD = 0, 1, 2
+
+#: Rows per inference batch, always padded to this: a row's result must not depend on its shard.
+_BATCH = 128
+
+#: CLIP's own (Radford et al. 2021), of pixels in [0, 1].
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_SPREAD = (0.26862954, 0.26130258, 0.27577711)
+
+#: Left, top and side of the squares that stand for augmented views, as shares of the picture: the
+#: whole, and crops like those of training. Fixed, so that a view depends on nothing but the sample.
+_VIEWS = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.875), (0.125, 0.125, 0.875), (0.0, 0.125, 0.875))
+MAX_VIEWS = len(_VIEWS)
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of a proxy.
+
+    Parameters
+    ----------
+    words : int
+        Of the folded vocabulary.
+    image_px : int
+        Side of the pictures, a multiple of 32.
+    image_width : int
+        Channels of the residual tower's first stage.
+    text_width, text_layers : int
+        A multiple of 64, and how many.
+    width : int
+        Of the joint space.
+    """
+
+    words: int
+    image_px: int = 64
+    image_width: int = 16
+    text_width: int = 128
+    text_layers: int = 2
+    width: int = 128
+
+
+def pick_dtype(device: str) -> str:
+    """Return "bfloat16" where the device computes in it, "float32" where it would be emulated."""
+    if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16"
+    return "float32"
+
+
+def build_clip(shape: ClipShape) -> CLIP:
+    """Make a proxy with first weights from torch's seed."""
+    vision = CLIPVisionCfg(
+        layers=(1, 1, 1, 1), width=shape.image_width, image_size=shape.image_px, head_width=32
+    )
+    text = CLIPTextCfg(
+        context_length=CONTEXT,
+        vocab_size=shape.words + _FIRST_WORD + 2,
+        width=shape.text_width,
+        heads=shape.text_width // 64,
+        layers=shape.text_layers,
+    )
+    # What oneDNN convolves fastest on a CPU, by a quarter.
+    return CLIP(shape.width, vision, text).to(memory_format=torch.channels_last)
+
+
+class GroupedClipLoss(ClipLoss):  # type: ignore[misc]  # open_clip has no annotations
+    """open_clip's loss, in which pairs of one group are not each other's negatives.
+
+    Parameters
+    ----------
+    alike : (B, B) bool
+        Pairs of one cluster, or with equal captions.
+
+    Notes
+    -----
+    At chance the mean logarithm of a row's rivals and itself, at most ln B; lower is better.
+    """
+
+    def __init__(self, alike: Tensor) -> None:
+        super().__init__()
+        self._excused = alike & ~torch.eye(len(alike), dtype=torch.bool, device=alike.device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return both sides' logits, (B, B) float32 each, with -inf for what is excused."""
+        both = super().get_logits(image_features, text_features, logit_scale, logit_bias)
+        forth, back = (side.masked_fill(self._excused, -torch.inf) for side in both)
+        return forth, back
+
+
+def tokenize(captions: list[str]) -> Array:
+    """Return CLIP's tokens: (N, CONTEXT) int32, 0 where a caption has ended."""
+    tokens: Array = _tokenizer()(captions, CONTEXT).numpy().astype(np.int32)
+    return tokens
+
+
+@cache  # reading the vocabulary takes half a second
+def _tokenizer() -> Any:
+    from open_clip import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def fold_tokens(tokens: Array, words: Array) -> Array:
+    """Translate CLIP's token ids to those of a folded vocabulary.
+
+    Parameters
+    ----------
+    tokens : (N, CONTEXT) integer
+    words : (W,) integer, ascending
+        Ids that stay apart; all others become one unknown word.
+
+    Returns
+    -------
+    (N, CONTEXT) int64, [0, W + 4)
+    """
+    places = np.searchsorted(words, tokens).clip(max=max(len(words) - 1, 0))
+    known = words[places] == tokens if len(words) else np.zeros(tokens.shape, bool)
+    folded = np.where(known, places + _FIRST_WORD, _UNKNOWN)
+    for mark, place in ((_START, 0), (_END, 1)):
+        folded[tokens == mark] = _FIRST_WORD + len(words) + place
+    folded[tokens == 0] = _PADDING
+    return folded.astype(np.int64)
+
+
+def normalise_pixels(pixels: Tensor) -> Tensor:
+    """(B, 3, S, S) float32 in [0, 255] -> what the image tower takes, channels last."""
+    mean, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (_MEAN, _SPREAD))
+    return ((pixels / 255 - mean) / spread).contiguous(memory_format=torch.channels_last)
+
+
+def encode(model: CLIP, pixels: Tensor, tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Return both sides' unit vectors, (B, width) float32, computed in `dtype` inside.
+
+    Parameters
+    ----------
+    pixels : (B, 3, S, S) float32
+        See `normalise_pixels`.
+    tokens : (B, CONTEXT) int64
+        See `fold_tokens`.
+    dtype : str
+        "float32" or "bfloat16".
+    """
+    lowered = torch.autocast(
+        pixels.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"
+    )
+    with lowered:
+        image, text = model.encode_image(pixels), model.encode_text(tokens)
+    # Norms, cosines and the loss are taken in float32 whatever the towers ran in.
+    image, text = (torch.nn.functional.normalize(side.float(), dim=-1) for side in (image, text))
+    return image, text
+
+
+def embed_views(
+    model: CLIP, pixels: Array, tokens: Array, views: int, dtype: str
+) -> tuple[Array, Array, Array]:
+    """Put pairs into a proxy's joint space, the images seen in several views.
+
+    Parameters
+    ----------
+    model : CLIP
+        In evaluation mode.
+    pixels : (N, 3, S, S) uint8
+    tokens : (N, CONTEXT) int64
+    views : int
+        K, at most `MAX_VIEWS`.
+    dtype : str
+
+    Returns
+    -------
+    image : (N, width) float32
+        Mean over views of the unit vectors.
+    text : (N, width) float32, unit norm
+    alignment : (N,) float32, [-1, 1]
+        Mean over views of the pair's cosine.
+    """
+    width = model.text_projection.shape[1]
+    image, text = (np.empty((len(pixels), width), np.float32) for _ in range(2))
+    device = next(model.parameters()).device
+    for start in range(0, len(pixels), _BATCH):
+        rows = np.minimum(np.arange(start, start + _BATCH), len(pixels) - 1)
+        count = min(_BATCH, len(pixels) - start)
+        whole = torch.from_numpy(pixels[rows]).to(device).float()
+        ids = torch.from_numpy(tokens[rows]).to(device)
+        total = torch.zeros(_BATCH, width, device=device)
+        with torch.inference_mode():
+            for view in range(views):
+                seen = normalise_pixels(_crop(whole, *_VIEWS[view]))
+                one, words = encode(model, seen, ids, dtype)
+                total += one / views
+        image[start : start + count] = total.cpu().numpy()[:count]
+        text[start : start + count] = words.cpu().numpy()[:count]
+    return image, text, (image * text).sum(1)
+
+
+def _crop(pixels: Tensor, left: float, top: float, side: float) -> Tensor:
+    size = pixels.shape[-1]
+    length = round(side * size)
+    if length == size:
+        return pixels
+    x, y = round(left * size), round(top * size)
+    part = pixels[:, :, y : y + length, x : x + length]
+    return torch.nn.functional.interpolate(part, (size, size), mode="bilinear")
+
+
+def dump_clip(model: CLIP) -> bytes:
+    """Return the weights as safetensors."""
+    return save({name: value.contiguous().cpu() for name, value in model.state_dict().items()})
+
+
+def load_clip(data: bytes, shape: ClipShape, device: str) -> CLIP:
+    """Read what `dump_clip` gave, ready for inference.
+
+    Raises
+    ------
+    StorageError
+        If the bytes are not the weights of such a proxy.
+    """
+    model = build_clip(shape)
+    try:
+        model.load_state_dict(load(data))
+    except (SafetensorError, RuntimeError) as error:
+        raise StorageError(
+            f"score: a proxy's file must hold its weights ({asdict(shape)}); "
+            f"{str(error).splitlines()[0]}. Remove the score folder and run again."
+        ) from error
+    return model.to(device).eval().requires_grad_(False)

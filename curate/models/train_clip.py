@@ -1,0 +1,185 @@
+"""Trains a small CLIP end to end: deterministic for a seed, one thread and one device."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.model import CLIP
+from torch import Tensor
+from torch.nn import functional
+
+from curate.models.clip_proxy import (
+    ClipShape,
+    GroupedClipLoss,
+    build_clip,
+    encode,
+    normalise_pixels,
+)
+from curate.models.encoders import torch_threads
+from curate.models.train import RETRIES, decay_rate, has_learned
+
+__all__ = ["ClipRecipe", "ClipTraining", "train_clip"]
+
+Array = np.ndarray[Any, Any]
+
+#: Least side of a random crop, as a share of the picture's.
+_LEAST_CROP = 0.75
+#: Brightness and contrast are changed by up to this share.
+_JITTER = 0.2
+#: Share of a caption's tokens that a step does not see.
+_DROPPED_TOKENS = 0.1
+#: 1 / temperature, the range that CLIP allows (Radford et al. 2021, section 2.5).
+_MAX_LOG_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """How a proxy is trained.
+
+    Parameters
+    ----------
+    epochs : int
+    batch : int
+        Pairs per step, at most a quarter of the data.
+    learning_rate : float
+        Highest, reached after a tenth of the steps; falls as a cosine to 0.
+    weight_decay : float
+    dtype : str
+        "float32" or "bfloat16".
+    """
+
+    epochs: int = 30
+    batch: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class ClipTraining:
+    """A trained proxy and how it went.
+
+    Parameters
+    ----------
+    model : CLIP
+        In evaluation mode.
+    losses : list of float
+        Mean contrastive loss per epoch, relative to that at chance; lower is better.
+    retries : int
+        Trainings that diverged and were begun again.
+    diverged : bool
+        Whether the last one diverged too; if to infinity, `model` has first weights.
+    """
+
+    model: CLIP
+    losses: list[float] = field(default_factory=list)
+    retries: int = 0
+    diverged: bool = False
+
+
+def train_clip(
+    shape: ClipShape,
+    pixels: Array,
+    tokens: Array,
+    groups: Array,
+    recipe: ClipRecipe,
+    seed: int,
+    device: str,
+) -> ClipTraining:
+    """Train a proxy; a training that diverges is begun again with another seed.
+
+    Parameters
+    ----------
+    shape : ClipShape
+    pixels : (N, 3, S, S) uint8
+    tokens : (N, CONTEXT) int64
+    groups : (N, G) int64
+        Rows that share an entry of any column are not each other's negatives.
+    recipe : ClipRecipe
+    seed : int
+    device : str
+
+    Returns
+    -------
+    ClipTraining
+    """
+    with torch_threads(1):
+        for attempt in range(RETRIES + 1):
+            torch.manual_seed(seed + attempt * 1_000_003)
+            model = build_clip(shape).to(device)
+            losses = _fit(model, pixels, tokens, groups, recipe)
+            diverged = not has_learned(losses)
+            if not diverged:
+                break
+        if not all(map(math.isfinite, losses)):
+            model = build_clip(shape).to(device)
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return ClipTraining(model.eval().requires_grad_(False), finite, attempt, diverged)
+
+
+def _fit(
+    model: CLIP, pixels: Array, tokens: Array, groups: Array, recipe: ClipRecipe
+) -> list[float]:
+    """Train in place; returns the relative loss per epoch, ending at one that is not finite."""
+    count = len(pixels)
+    batch = min(recipe.batch, max(2, count // 4))
+    steps = count // batch
+    if steps == 0:
+        return []
+    device = next(model.parameters()).device
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    total = steps * recipe.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: decay_rate(step, total))
+    kinds = torch.from_numpy(groups)
+    losses: list[float] = []
+    model.train()
+    while len(losses) < recipe.epochs and (not losses or math.isfinite(losses[-1])):
+        order = torch.randperm(count)
+        total_loss = chance = 0.0
+        for step in range(steps):
+            rows = order[step * batch : (step + 1) * batch]
+            alike = (kinds[rows, None] == kinds[None, rows]).any(-1)
+            chance += ((~alike).sum(1) + 1).log().mean().item()
+            seen = _augment(torch.from_numpy(pixels[rows.numpy()])).to(device)
+            words = _drop_tokens(torch.from_numpy(tokens[rows.numpy()])).to(device)
+            image, text = encode(model, normalise_pixels(seen), words, recipe.dtype)
+            loss = GroupedClipLoss(alike.to(device))(image, text, model.logit_scale.exp())
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
+            total_loss += loss.item()
+        losses.append(total_loss / max(chance, 1e-6))  # without any rivals both are 0
+    return losses
+
+
+def _augment(pixels: Tensor) -> Tensor:
+    """Random crops, brightness and contrast: (B, 3, S, S) uint8 -> float32 in [0, 255].
+
+    Pictures are not mirrored: captions name left and right, and hold letters.
+    """
+    count = len(pixels)
+    side = _LEAST_CROP + (1 - _LEAST_CROP) * torch.rand(count)
+    shift = (2 * torch.rand(count, 2) - 1) * (1 - side)[:, None]
+    frame = torch.zeros(count, 2, 3)
+    frame[:, 0, 0] = frame[:, 1, 1] = side
+    frame[:, :, 2] = shift
+    size = list(pixels.shape)
+    grid = functional.affine_grid(frame, size, align_corners=False)
+    seen = functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    gain = 1 + _JITTER * (2 * torch.rand(count, 1, 1, 1) - 1)
+    lift = 255 * _JITTER / 2 * (2 * torch.rand(count, 1, 1, 1) - 1)
+    return (gain * (seen - 127.5) + 127.5 + lift).clamp(0, 255)
+
+
+def _drop_tokens(tokens: Tensor) -> Tensor:
+    """Replace some words by the unknown one; start and end stay, by which the tower pools."""
+    marks = tokens.max(1, keepdim=True).values - 1  # start mark; the end mark is one above
+    words = (tokens > 1) & (tokens < marks)
+    return torch.where(words & (torch.rand(tokens.shape) < _DROPPED_TOKENS), 1, tokens)

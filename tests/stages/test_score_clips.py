@@ -1,0 +1,359 @@
+"""The steps of the score stage that train small CLIPs, without the engine, on drawn squares."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from curate import storage
+from curate.config import load_pipeline
+from curate.engine.runner import bind
+from curate.errors import ConfigError
+from curate.formats.pixels import make_thumbnail
+from curate.memorization.folds import draw_masks
+from curate.models import clip_proxy, train_clip
+from curate.models.clip_proxy import ClipShape, embed_views, fold_tokens, load_clip
+from curate.models.encoders import torch_threads
+from curate.schema import select_schema
+from curate.stages import score_clips
+from curate.stages.base import Room
+from curate.stages.score import Score
+from curate.stages.score_clips import MEMORIZATION
+from curate.stages.score_inputs import commit_plan, read_plan
+
+COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kind")
+COLOURS = ("black", "white", "red", "green", "blue", "yellow")
+COUNT = 48
+STAGE = Score(proxy="clip", proxies=4, epochs=1, clip_epochs=4, clip_views=2, min_samples=20)
+#: For what does not depend on the proxies' having learned anything.
+QUICK = STAGE.model_copy(update={"proxies": 2, "clip_epochs": 1, "clip_views": 1})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_work() -> Iterator[None]:
+    """Small pictures, and small batches: filling up shards of a few rows would take longest."""
+    with pytest.MonkeyPatch.context() as patch, torch_threads(1):
+        patch.setattr(clip_proxy, "_BATCH", 32)
+        patch.setattr(score_clips, "_IMAGE_PX", 32)
+        yield
+
+
+@dataclass(frozen=True)
+class Set:
+    """Samples to be scored."""
+
+    uids: list[str]
+    thumbnails: list[bytes | None]
+    captions: list[str | None]
+    clusters: list[str | None]
+    image: np.ndarray
+    text: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Set":
+        lists = (self.uids, self.thumbnails, self.captions, self.clusters)
+        taken = ([one[row] for row in rows] for one in lists)
+        return Set(*taken, self.image[rows], self.text[rows])
+
+
+def _draw(square: str, ground: str, x: int, y: int) -> bytes:
+    picture = Image.new("RGB", (96, 72), ground)
+    ImageDraw.Draw(picture).rectangle((x, y, x + 40, y + 40), fill=square)
+    return make_thumbnail(picture, 128)
+
+
+@cache
+def _make(count: int = COUNT) -> Set:
+    """Squares of one colour on another, with captions that say so; every fifth has a twin."""
+    rng = np.random.default_rng(0)
+    pairs = [rng.choice(6, 2, replace=False) for _ in range(count)]
+    places = rng.integers(0, 30, (count, 2)).tolist()
+    known = np.stack([np.eye(12)[[square, 6 + ground]].sum(0) for square, ground in pairs])
+    sides = [known @ rng.normal(size=(12, w)) + rng.normal(size=(count, w)) for w in (24, 16)]
+    image, text = (
+        (side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float16) for side in sides
+    )
+    names = [(COLOURS[square], COLOURS[ground]) for square, ground in pairs]
+    return Set(
+        [f"{number:032x}" for number in rng.permutation(count)],
+        [_draw(*name, *place) for name, place in zip(names, places, strict=True)],
+        [f"a {square} square {row} on {ground}" for row, (square, ground) in enumerate(names)],
+        [f"{row - row % 5 // 4:032x}" for row in range(count)],
+        image,
+        text,
+    )
+
+
+def _spoil(samples: Set) -> Set:
+    """Add two samples without thumbnail, two without caption, one of no cluster, last."""
+    rows = np.arange(5)
+    more = samples.take(rows)
+    return Set(
+        [*samples.uids, *(f"f{row:031x}" for row in rows)],
+        [*samples.thumbnails, None, None, *more.thumbnails[2:]],
+        [*samples.captions, *more.captions[:2], None, " ", more.captions[4]],
+        [*samples.clusters, *(f"f{row:031x}" for row in rows[:4]), None],
+        np.concatenate([samples.image, more.image]),
+        np.concatenate([samples.text, more.text]),
+    )
+
+
+def _room(folder: Path, samples: Set, stage: Score, shards: list[np.ndarray]) -> Room:
+    tables = ("ingest", "embed.vectors", "embed.thumbnails", "dedup", "score", MEMORIZATION)
+    places = {name: str(folder / name) for name in tables}
+    layout = []
+    for number, rows in enumerate(shards):
+        part, name, whole = samples.take(rows), f"{number:05d}", np.ones(len(rows), bool)
+        contents = {
+            "ingest": {"caption": pa.array(part.captions, pa.string())},
+            "embed.vectors": {
+                "image_emb": storage.vector_column(part.image, whole),
+                "text_emb": storage.vector_column(part.text, whole),
+            },
+            "embed.thumbnails": {"thumbnail": pa.array(part.thumbnails, pa.binary())},
+            "dedup": {"cluster_id": pa.array(part.clusters, pa.string())},
+        }
+        for table, columns in contents.items():
+            path = f"{places[table]}/shards/{name}.parquet"
+            uids = pa.array(part.uids, pa.string())
+            storage.commit_table(path, pa.table({"uid": uids, **columns}))
+        layout.append({"name": name, "samples": len(rows)})
+    storage.commit_json(f"{places['ingest']}/layout.json", {"shards": layout})
+    origins = dict.fromkeys(("image_emb", "text_emb"), "embed.vectors")
+    origins |= {"caption": "ingest", "thumbnail": "embed.thumbnails", "cluster_id": "dedup"}
+    return Room(stage, places, origins, frozenset({"score", MEMORIZATION}))
+
+
+def _run(room: Room, after: dict[str, Callable[[Room], None]] | None = None) -> pa.Table:
+    """Run all steps, doing something after some of them."""
+    for step in room.stage.steps():
+        for task in step.tasks(room):
+            step.run(room, task)
+        (after or {}).get(step.name, lambda room: None)(room)
+    paths = [room.shard_path(MEMORIZATION, shard) for shard in room.shards()]
+    return pa.concat_tables([storage.read_table(path) for path in paths])
+
+
+@cache
+def _scored() -> tuple[Set, Room, pa.Table]:
+    """Good samples and spoilt ones, scored in one shard."""
+    samples = _spoil(_make())
+    room = _room(Path(mkdtemp()), samples, STAGE, [np.arange(COUNT + 5)])
+    return samples, room, _run(room)
+
+
+def _all_null(table: pa.Table) -> bool:
+    return all(table[name].null_count == len(table) for name in COLUMNS)
+
+
+def test_usable_samples_are_scored_and_others_are_null() -> None:
+    samples, _, table = _scored()
+    assert table["uid"].to_pylist() == samples.uids
+    assert table.drop_columns("uid").schema.equals(select_schema(COLUMNS))
+    for name in COLUMNS:
+        assert table[name][:COUNT].null_count == 0
+        assert table[name][COUNT:].null_count == 5
+    score, error = (table[name][:COUNT].to_numpy() for name in COLUMNS[:2])
+    assert np.isfinite(score).all()
+    assert np.abs(score).max() <= 4.5
+    assert (error >= 0).all()
+    assert np.ptp(score) > 0.01
+    assert set(table["memorization_kind"].to_pylist()[:COUNT]) <= {"none", "beneficial", "harmful"}
+
+
+def test_scores_are_those_of_the_definition_over_the_committed_embeddings() -> None:
+    samples, room, table = _scored()
+    views = storage.read_table(room.path("views", "00000.parquet", table=MEMORIZATION))
+    inside = draw_masks([name or "" for name in samples.clusters], 4, STAGE.seed)
+    values = np.full((COUNT, 4), np.nan)
+    for proxy in range(4):
+        image, text = (
+            storage.read_vectors(views[f"{side}_{proxy}"])[0][:COUNT].astype(float)
+            for side in ("image", "text")
+        )
+        np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=2e-3)
+        assert np.linalg.norm(image, axis=1).max() < 1 + 2e-3
+        path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
+        u = image + text
+        values[:, proxy] = (
+            1 + (image * text).sum(1) - u @ np.array(storage.read_array(path), float) / 2
+        )
+        alignment = views[f"alignment_{proxy}"].to_numpy()
+        np.testing.assert_allclose((image * text).sum(1), alignment[:COUNT], atol=3e-3)
+        assert np.isnan(alignment[COUNT:]).all()
+    for row in range(COUNT):
+        within, without = values[row, inside[row]], values[row, ~inside[row]]
+        gaps = within - without
+        found = [table[name][row].as_py() for name in COLUMNS[:2]]
+        assert found[0] == pytest.approx(gaps.mean(), abs=5e-3)
+        assert found[1] == pytest.approx(gaps.std(ddof=1) / 2**0.5, abs=5e-3)
+
+
+def test_the_mean_left_out_is_that_of_samples_the_proxy_never_saw() -> None:
+    samples, room, _ = _scored()
+    pixels, tokens, words = (
+        np.array(storage.read_array(room.path(*names, table=MEMORIZATION)))
+        for names in (["pairs", "00000.pixels.npy"], ["pairs", "00000.tokens.npy"], ["words.npy"])
+    )
+    assert pixels.shape == (COUNT, 3, 32, 32)
+    inside = draw_masks([name or "" for name in samples.clusters], 4, STAGE.seed)[:COUNT]
+    for proxy, record in enumerate(room.stage.facts(room)["clips"]):
+        data = Path(room.path("clips", f"{proxy}.safetensors", table=MEMORIZATION)).read_bytes()
+        model = load_clip(data, ClipShape(len(words), image_px=32), "cpu")
+        folded = fold_tokens(tokens, words)
+        image, text, alignment = embed_views(model, pixels, folded, 1, record["dtype"])
+        out = ~inside[:, proxy]
+        path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
+        mean = np.array(storage.read_array(path))
+        np.testing.assert_allclose(mean, (image + text)[out].mean(0), atol=1e-5)
+        assert record["alignment_out"] == pytest.approx(alignment[out].mean(), abs=1e-4)
+        assert record["alignment_in"] == pytest.approx(alignment[~out].mean(), abs=1e-4)
+        captions = np.array(samples.captions)[:COUNT][out]
+        nearest = np.argsort(-(text @ image.T)[out][:, out], 1)[:, :10]
+        found = np.mean([captions[row] in captions[nearest[row]] for row in range(out.sum())])
+        assert record["recall_at_10"] == pytest.approx(found, abs=1e-4)
+
+
+def test_facts_hold_one_record_per_proxy() -> None:
+    _, room, _ = _scored()
+    records = room.stage.facts(room)["clips"]
+    assert len(records) == 4
+    assert records[0]["samples"] + records[1]["samples"] == COUNT
+    assert records[2]["samples"] + records[3]["samples"] == COUNT
+    assert len({record["seed"] for record in records}) == 4
+    for record in records:
+        assert len(record["losses"]) == STAGE.clip_epochs
+        assert record["losses"][-1] < record["losses"][0]
+        assert record["held_out"] == COUNT - record["samples"]
+        assert 0 <= record["recall_at_10"] <= 1
+        for name in ("alignment_in", "alignment_out"):
+            assert -1 <= record[name] <= 1
+
+
+def test_order_and_shards_change_nothing(tmp_path: Path) -> None:
+    samples, _, expected = _scored()
+    order = np.random.default_rng(1).permutation(COUNT)
+    # A shard of samples without thumbnails, an empty one and the unusable ones lie between.
+    shards = [np.arange(COUNT, COUNT + 2), *np.array_split(order, 2), np.zeros(0, int)]
+    shards.insert(2, np.arange(COUNT + 2, COUNT + 5))
+    table = _run(_room(tmp_path, samples, STAGE, shards))
+    assert table.sort_by("uid").equals(expected.sort_by("uid"))
+
+
+def test_samples_that_no_proxy_trains_on_are_null(tmp_path: Path) -> None:
+    samples = _make()
+    room = _room(tmp_path, samples, QUICK, [np.arange(20), np.arange(20, COUNT)])
+
+    def train_on_some(room: Room) -> None:
+        commit_plan(room, replace(read_plan(room), train_below=0.5))
+
+    table = _run(room, {"bank": train_on_some})
+    trained = [record["samples"] for record in room.stage.facts(room)["clips"]]
+    assert 10 < sum(trained) < 40
+    assert COUNT - table["memorization_score"].null_count == sum(trained)
+    assert table["memorization_score_stderr"].null_count == COUNT  # one pair of proxies
+
+
+@pytest.mark.parametrize("missing", ["training", "thumbnails"])
+def test_proxies_without_any_pair_leave_all_null(tmp_path: Path, missing: str) -> None:
+    samples = _make()
+    if missing == "thumbnails":
+        samples = replace(samples, thumbnails=[None] * COUNT)
+    room = _room(tmp_path, samples, QUICK, [np.arange(COUNT)])
+
+    def train_on_none(room: Room) -> None:
+        commit_plan(room, replace(read_plan(room), train_below=0.0))
+
+    table = _run(room, {"proxies": train_on_none} if missing == "training" else {})
+    assert _all_null(table)
+    for record in room.stage.facts(room)["clips"]:
+        assert record["diverged"]
+        assert record["samples"] == 0
+        assert record["recall_at_10"] is None
+
+
+def test_proxies_that_leave_nothing_out_are_survived(tmp_path: Path) -> None:
+    samples = replace(_make(), clusters=["0" * 32] * (COUNT - 1) + ["1" * 32])
+    room = _room(tmp_path, samples, QUICK, [np.arange(COUNT)])
+    table = _run(room)
+    assert table["memorization_score"].null_count == 0
+    sizes = {record["held_out"] for record in room.stage.facts(room)["clips"]}
+    assert sizes <= {0, 1, COUNT - 1, COUNT}
+
+
+def test_one_caption_for_all_is_survived(tmp_path: Path) -> None:
+    samples = replace(_make(), captions=["the same"] * COUNT)
+    table = _run(_room(tmp_path, samples, QUICK, [np.arange(COUNT)]))
+    assert table["memorization_score"].null_count == 0
+    assert table["memorization_kind"].null_count == COUNT  # the mismatch is unknown
+
+
+def test_a_training_that_diverges_is_told_and_scores_stay_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_clip, "_MAX_LOG_SCALE", float("nan"))
+    room = _room(tmp_path, _make(), QUICK, [np.arange(COUNT)])
+    table = _run(room)
+    assert all(record["diverged"] for record in room.stage.facts(room)["clips"])
+    assert np.isfinite(table["memorization_score"].to_numpy()).all()
+
+
+def test_too_few_samples_are_not_scored(tmp_path: Path) -> None:
+    stage = STAGE.model_copy(update={"min_samples": COUNT + 3})
+    room = _room(tmp_path, _spoil(_make()), stage, [np.arange(20), np.arange(20, COUNT + 5)])
+    assert _all_null(_run(room))
+    assert "clips" not in room.stage.facts(room)
+    assert not storage.exists(room.path("clips", table=MEMORIZATION))
+
+
+def test_heads_alone_cannot_tell(tmp_path: Path) -> None:
+    stage = Score(proxies=2, epochs=1, min_samples=20)
+    room = _room(tmp_path, _make(), stage, [np.arange(COUNT)])
+    table = _run(room)
+    assert table["uid"].to_pylist() == _make().uids
+    assert _all_null(table)
+    assert "clips" not in room.stage.facts(room)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A pipeline over one picture."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (9, 9), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("a red square", encoding="utf-8")
+    stages = {"ingest": {"inputs": [str(folder)]}, "embed": {}, "dedup": {}, "score": {}}
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(stages, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_other_proxies_leave_what_both_share(recipe: Path, tmp_path: Path) -> None:
+    def prints(*settings: tuple[str, str, object]) -> dict[str, str]:
+        return bind(load_pipeline(str(recipe), settings), str(tmp_path))[-1].fingerprints
+
+    clip = ("score", "proxy", "clip")
+    heads = prints()
+    for more in ([], [("score", "clip_epochs", 9)], [("score", "clip_views", 1)]):
+        other = prints(clip, *more)
+        assert other["score"] == heads["score"]
+        assert other[MEMORIZATION] != heads[MEMORIZATION]
+    seeds = [prints(*some, ("score", "seed", 5)) for some in ([], [clip])]
+    assert seeds[0]["score"] == seeds[1]["score"] != heads["score"]
+
+
+def test_without_embed_it_is_refused_in_one_line(recipe: Path) -> None:
+    stages = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    del stages["embed"], stages["dedup"]
+    stages["score"] = {"proxy": "clip"}
+    recipe.write_text(yaml.safe_dump(stages, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ConfigError, match="score reads the column image_emb") as caught:
+        load_pipeline(str(recipe))
+    assert "\n" not in str(caught.value)
+    assert "Add embed before it." in str(caught.value)
