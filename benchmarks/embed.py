@@ -4,14 +4,17 @@ Runs ingest and embed of the `offline` pipeline with one worker per core, then m
 hash and forward passes alone, one after the other, on one core and the same samples, in the
 number format that the run chose. Prints one JSON line; `efficiency` is their core-seconds over
 wall-seconds times cores. What the run does besides (scaling to the tower's size, thumbnails) is
-measured too, and not counted.
+measured too, and not counted. Cores that share a cache or memory are slower when all are busy:
+`side_by_side` measures the parts in as many processes at once as there are cores.
 """
 
 import hashlib
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ _PIPELINE = "ingest: {}\nembed: {encoder: offline}\n"
 _THUMBNAIL_PX = 128
 
 
-def _alone(room: Room, choice: dict[str, Any]) -> dict[str, float]:
-    """Core-seconds of each part over all samples, on one thread."""
+def _alone(room: Room, choice: dict[str, Any], shards: list[str]) -> dict[str, float]:
+    """Core-seconds of each part over the samples of some shards, on one thread."""
     seconds = dict.fromkeys(("decode", "hash", "forward", "scale", "thumbnail"), 0.0)
 
     def timed(part: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -41,7 +44,7 @@ def _alone(room: Room, choice: dict[str, Any]) -> dict[str, float]:
         return result
 
     encoder = load_encoder("offline", choice["device"])
-    for shard in room.shards():
+    for shard in shards:
         index = room.read(shard, [*_location(), "caption"])
         prepared = []
         for data in room.open_images(index):
@@ -53,6 +56,20 @@ def _alone(room: Room, choice: dict[str, Any]) -> dict[str, float]:
         captions = [caption for caption in index["caption"].to_pylist() if caption]
         timed("forward", _forward, encoder, prepared, captions, choice)
     return seconds
+
+
+def _side_by_side(room: Room, choice: dict[str, Any], cores: int) -> dict[str, float]:
+    """The same, by as many processes as there are cores, each with its part of the shards."""
+    parts = [room.shards()[first::cores] for first in range(cores)]
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(_alone_in_process, [room] * cores, [choice] * cores, parts))
+    return {part: sum(one[part] for one in found) for part in found[0]}
+
+
+def _alone_in_process(room: Room, choice: dict[str, Any], shards: list[str]) -> dict[str, float]:
+    keep_freed_memory()  # as workers do
+    with torch_threads(1):
+        return _alone(room, choice, shards)
 
 
 def _location() -> tuple[str, ...]:
@@ -94,20 +111,25 @@ def main(source: str, workers: int | None) -> None:
         steps = summary["stages"]["embed.vectors"]["steps"]
         room = runner.bind(pipeline, out)[1].room
         choice = summary["facts"]["embed"]["precision"]
-        keep_freed_memory()  # as workers do
-        with torch_threads(1):
-            alone = _alone(room, choice)
+        cores = count_cores()
+        alone = _alone_in_process(room, choice, room.shards())
+        crowded = _side_by_side(room, choice, cores)
     wall = steps["shards"]["wall_seconds"] + steps["probe"]["wall_seconds"]
-    cores = count_cores()
-    needed = sum(alone[part] for part in ("decode", "hash", "forward"))
+    wall_shards = steps["shards"]["wall_seconds"]
+    needed, shared = (
+        sum(seconds[part] for part in ("decode", "hash", "forward")) for seconds in (alone, crowded)
+    )
     report = {
         "samples": steps["shards"]["samples"],
         "wall_seconds": round(wall, 1),
         "probe_seconds": steps["probe"]["wall_seconds"],
         "samples_per_second": round(steps["shards"]["samples"] / wall, 1),
         "core_seconds_alone": {name: round(value, 1) for name, value in alone.items()},
+        "core_seconds_side_by_side": {name: round(value, 1) for name, value in crowded.items()},
         "efficiency": round(needed / (wall * cores), 3),
-        "efficiency_without_probe": round(needed / (steps["shards"]["wall_seconds"] * cores), 3),
+        "efficiency_without_probe": round(needed / (wall_shards * cores), 3),
+        "efficiency_side_by_side": round(shared / (wall * cores), 3),
+        "efficiency_side_by_side_without_probe": round(shared / (wall_shards * cores), 3),
         "precision": {tower: choice[tower]["dtype"] for tower in ("image", "text")},
         "cores": cores,
     }

@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from curate.errors import StorageError
 
-__all__ = ["Heads", "HeadsShape", "contrastive_loss", "dump_heads", "embed_pairs", "load_heads"]
+__all__ = [
+    "Heads",
+    "HeadsShape",
+    "chance_loss",
+    "contrastive_loss",
+    "dump_heads",
+    "embed_pairs",
+    "load_heads",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -132,6 +140,14 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, alike: Tensor) 
     forth = functional.cross_entropy(logits, target)
     back = functional.cross_entropy(logits.T, target)
     return (forth + back) / 2
+
+
+def chance_loss(alike: Tensor) -> float:
+    """Return the contrastive loss of a batch in which all pairs look the same: ln B or less.
+
+    Pairs that are not each other's negatives lower it.
+    """
+    return ((~alike).sum(1) + 1).log().mean().item()
 
 
 def dump_heads(heads: Heads) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curate.models.encoders import torch_threads
-from curate.models.proxy import Heads, HeadsShape, contrastive_loss
+from curate.models.proxy import Heads, HeadsShape, chance_loss, contrastive_loss
 
 __all__ = [
     "RETRIES",
@@ -225,7 +225,7 @@ def _fit(heads: Heads, white: list[Tensor], groups: Array, recipe: Recipe) -> li
     heads.train()
     while len(losses) < recipe.epochs and (not losses or math.isfinite(losses[-1])):
         order = torch.randperm(count)
-        mean = 0.0
+        total_loss = chance = 0.0
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             image, text = (
@@ -240,8 +240,9 @@ def _fit(heads: Heads, white: list[Tensor], groups: Array, recipe: Recipe) -> li
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            mean += loss.item() / steps / math.log(batch)
-        losses.append(mean)
+            total_loss += loss.item()
+            chance += chance_loss(alike)
+        losses.append(total_loss / max(chance, 1e-6))  # without any rivals both are 0
     return losses
 
 

@@ -18,6 +18,7 @@ from curate.models.clip_proxy import (
     normalise_pixels,
 )
 from curate.models.encoders import torch_threads
+from curate.models.proxy import chance_loss
 from curate.models.train import RETRIES, decay_rate, has_learned
 
 __all__ = ["ClipRecipe", "ClipTraining", "train_clip"]
@@ -143,7 +144,7 @@ def _fit(
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             alike = (kinds[rows, None] == kinds[None, rows]).any(-1)
-            chance += ((~alike).sum(1) + 1).log().mean().item()
+            chance += chance_loss(alike)
             seen = _augment(torch.from_numpy(pixels[rows.numpy()])).to(device)
             words = _drop_tokens(torch.from_numpy(tokens[rows.numpy()])).to(device)
             image, text = encode(model, normalise_pixels(seen), words, recipe.dtype)
