@@ -11,6 +11,7 @@ References: Wang et al., MultiMem (arXiv:2606.22220), section on the protocol.
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from curate.dedup.groups import equal_value_edges
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import read_square
 from curate.memorization.folds import hash_unit
 from curate.memorization.protocol import draw_sets, summarize, training_masks
 from curate.memorization.verdict import coherence
 from curate.models.clip_proxy import (
-    MARKS,
     ClipShape,
+    choose_words,
     embed_views,
     fold_tokens,
     pick_dtype,
@@ -46,14 +48,10 @@ Array = np.ndarray[Any, Any]
 def read_pairs(out: Path, limit: int) -> pa.Table:
     """Return uid, caption, cluster and thumbnail of a run's usable pairs, the first by hash."""
     (folder,) = (out / "stages").glob("embed.thumbnails-*")
-    thumbnails = pa.concat_tables(
-        [pq.read_table(path) for path in sorted((folder / "shards").glob("*.parquet"))]
-    )
-    decisions = pa.concat_tables(
-        [pq.read_table(path) for path in sorted((out / "decisions").glob("*.parquet"))]
-    ).select(["uid", "caption", "cluster_id"])
-    table = decisions.join(thumbnails, "uid")
-    table = table.filter(pc.and_(pc.is_valid(table["thumbnail"]), pc.is_valid(table["cluster_id"])))
+    decisions = pq.read_table(out / "decisions", columns=["uid", "caption", "cluster_id"])
+    table = decisions.join(pq.read_table(folder / "shards"), "uid")
+    for column in ("thumbnail", "caption", "cluster_id"):
+        table = table.filter(pc.is_valid(table[column]))
     order = np.argsort(hash_unit(table["uid"].to_pylist(), 0, "signature"), kind="stable")
     return table.take(pa.array(order[:limit]))
 
@@ -61,14 +59,10 @@ def read_pairs(out: Path, limit: int) -> pa.Table:
 def group_pairs(table: pa.Table) -> list[str]:
     """Name the groups of pairs that share a cluster or a caption, directly or by others."""
     count = len(table)
-    ends = []
-    for name in ("cluster_id", "caption"):
-        codes = np.unique(np.array(table[name].to_pylist(), dtype=str), return_inverse=True)[1]
-        first = np.zeros(codes.max() + 1, np.int64)
-        first[codes[::-1]] = np.arange(count)[::-1]
-        ends.append(first[codes])
-    rows = np.tile(np.arange(count), 2)
-    graph = coo_matrix((np.ones(2 * count), (rows, np.concatenate(ends))), shape=(count, count))
+    columns = [np.array(table[n].to_pylist(), dtype=str) for n in ("cluster_id", "caption")]
+    edges = [equal_value_edges(column, np.ones(count, bool)) for column in columns]
+    first, other = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    graph = coo_matrix((np.ones(len(first)), (first, other)), shape=(count, count))
     return [str(label) for label in connected_components(graph, directed=False)[1]]
 
 
@@ -87,8 +81,7 @@ def main(out: Path, limit: int, epochs: int, views: int, seed: int) -> None:
     sets = draw_sets(groups, len(table) // 2, len(table) // 8, seed)
     pixels = np.stack([read_square(data, _IMAGE_PX) for data in table["thumbnail"].to_pylist()])
     tokens = tokenize(table["caption"].to_pylist())
-    found, times = np.unique(tokens, return_counts=True)
-    words = np.setdiff1d(found[times > 1], MARKS)
+    words = choose_words(Counter(tokens.ravel().tolist()))
     tokens = fold_tokens(tokens, words)
     codes = np.unique(groups, return_inverse=True)[1][:, None].astype(np.int64)
     device = pick_device()

@@ -44,6 +44,7 @@ __all__ = [
     "make_folder",
     "mirror",
     "read_array",
+    "read_bytes",
     "read_json",
     "read_table",
     "read_vectors",
@@ -180,6 +181,17 @@ def commit_bytes(url: str, data: bytes) -> None:
         Path(path).write_bytes(data)
 
 
+def read_bytes(url: str) -> bytes:
+    """Return the content of `url`.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    fs, path = filesystem(url)
+    return bytes(fs.cat_file(path))
+
+
 def commit_json(url: str, value: Any) -> None:
     """Write `value` as readable JSON to `url` atomically."""
     text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, ensure_ascii=False)
@@ -193,8 +205,7 @@ def read_json(url: str) -> Any:
     ------
     FileNotFoundError
     """
-    fs, path = filesystem(url)
-    return json.loads(fs.cat_file(path))
+    return json.loads(read_bytes(url))
 
 
 def commit_array(url: str, array: np.ndarray[Any, Any]) -> None:

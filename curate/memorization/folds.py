@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MAX_BLOCK_BITS", "block_masks", "draw_blocks", "draw_masks", "hash_unit"]
+__all__ = [
+    "MAX_BLOCK_BITS",
+    "average",
+    "block_masks",
+    "draw_blocks",
+    "draw_masks",
+    "hash_unit",
+    "split_sides",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -136,3 +144,31 @@ def draw_masks(cluster_ids: Sequence[str], proxies: int, seed: int) -> Array:
     """
     masks: Array = block_masks(proxies, seed)[draw_blocks(cluster_ids, proxies, seed)]
     return masks
+
+
+def split_sides(values: Array, inside: Array) -> tuple[Array, Array]:
+    """Separate what in-proxies and out-proxies say.
+
+    Parameters
+    ----------
+    values : (N, P) floating
+    inside : (N, P) bool
+        See `draw_masks`.
+
+    Returns
+    -------
+    within, without : (N, P / 2) floating
+        Column by column from a pair of complementary proxies.
+    """
+    # Each pair of complements holds one proxy of either kind.
+    half = (len(values), values.shape[1] // 2)
+    return values[inside].reshape(half), values[~inside].reshape(half)
+
+
+def average(values: Array) -> tuple[Array, Array]:
+    """Mean over proxies and its standard error: (N, M) to (N,) and (N,), NaN for M below 2."""
+    count = values.shape[1]
+    error = np.full(len(values), np.nan)
+    if count > 1:
+        error = values.std(1, ddof=1) / np.sqrt(count)
+    return values.mean(1), error

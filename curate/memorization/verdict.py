@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from curate.memorization.folds import average, split_sides
+
 __all__ = ["coherence", "measure_memorization", "tell_kinds"]
 
 Array = np.ndarray[Any, Any]
@@ -65,12 +67,8 @@ def measure_memorization(values: Array, inside: Array) -> tuple[Array, Array]:
     ----------
     Feldman and Zhang (arXiv:2008.03703), section 2: the subset-sampling estimator.
     """
-    half = (len(values), values.shape[1] // 2)
-    gaps = values[inside].reshape(half) - values[~inside].reshape(half)
-    error = np.full(len(values), np.nan)
-    if half[1] > 1:
-        error = gaps.std(1, ddof=1) / np.sqrt(half[1])
-    return gaps.mean(1), error
+    within, without = split_sides(values, inside)
+    return average(within - without)
 
 
 def tell_kinds(

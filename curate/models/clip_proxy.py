@@ -5,7 +5,8 @@ residual tower of one block per stage and a two-layer text transformer, over a v
 to the set's own words. Nothing in it has seen a picture or a caption before.
 """
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,11 +14,9 @@ import numpy as np
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from curate.errors import StorageError
+from curate.models.weights import load_weights
 
 __all__ = [
     "CONTEXT",
@@ -26,7 +25,7 @@ __all__ = [
     "ClipShape",
     "GroupedClipLoss",
     "build_clip",
-    "dump_clip",
+    "choose_words",
     "embed_views",
     "encode",
     "fold_tokens",
@@ -45,6 +44,9 @@ CONTEXT = 24
 _START, _END = 49406, 49407
 #: What is no word: padding, start, end.
 MARKS = (0, _START, _END)
+#: Words that stay apart: one that occurs once teaches nothing but its sample.
+_WORDS = 8192
+_LEAST_OCCURRENCES = 2
 #: In the folded vocabulary: padding, any word outside it, then the words, start and end.
 _PADDING, _UNKNOWN, _FIRST_WORD = 0, 1, 2
 
@@ -255,25 +257,33 @@ def _crop(pixels: Tensor, left: float, top: float, side: float) -> Tensor:
     return torch.nn.functional.interpolate(part, (size, size), mode="bilinear")
 
 
-def dump_clip(model: CLIP) -> bytes:
-    """Return the weights as safetensors."""
-    return save({name: value.contiguous().cpu() for name, value in model.state_dict().items()})
-
-
 def load_clip(data: bytes, shape: ClipShape, device: str) -> CLIP:
-    """Read what `dump_clip` gave, ready for inference.
+    """Read a committed proxy, ready for inference.
 
     Raises
     ------
     StorageError
         If the bytes are not the weights of such a proxy.
     """
-    model = build_clip(shape)
-    try:
-        model.load_state_dict(load(data))
-    except (SafetensorError, RuntimeError) as error:
-        raise StorageError(
-            f"score: a proxy's file must hold its weights ({asdict(shape)}); "
-            f"{str(error).splitlines()[0]}. Remove the score folder and run again."
-        ) from error
-    return model.to(device).eval().requires_grad_(False)
+    return load_weights(build_clip(shape), data).to(device)
+
+
+def choose_words(counts: Counter[int]) -> Array:
+    """Choose a set's vocabulary.
+
+    Parameters
+    ----------
+    counts : Counter
+        How often every token id occurs in the set.
+
+    Returns
+    -------
+    (W,) int64, ascending
+        The most frequent ids of words, see `fold_tokens`.
+    """
+    # Equally frequent ones by number: the choice must not depend on the order of counting.
+    ranked = sorted(
+        (word for word, times in counts.items() if times >= _LEAST_OCCURRENCES),
+        key=lambda word: (-counts[word], word),
+    )
+    return np.array(sorted(word for word in ranked[:_WORDS] if word not in MARKS), np.int64)

@@ -9,19 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curate.errors import StorageError
+from curate.models.weights import load_weights
 
 __all__ = [
     "Heads",
     "HeadsShape",
     "chance_loss",
     "contrastive_loss",
-    "dump_heads",
     "embed_pairs",
     "load_heads",
 ]
@@ -150,28 +147,15 @@ def chance_loss(alike: Tensor) -> float:
     return ((~alike).sum(1) + 1).log().mean().item()
 
 
-def dump_heads(heads: Heads) -> bytes:
-    """Return the weights as safetensors."""
-    return save({name: value.contiguous() for name, value in heads.state_dict().items()})
-
-
 def load_heads(data: bytes, shape: HeadsShape) -> Heads:
-    """Read what `dump_heads` gave, ready for inference.
+    """Read a committed proxy, ready for inference.
 
     Raises
     ------
     StorageError
         If the bytes are not the weights of such a proxy.
     """
-    heads = Heads(shape)
-    try:
-        heads.load_state_dict(load(data))
-    except (SafetensorError, RuntimeError) as error:
-        raise StorageError(
-            f"score: a proxy's file must hold its weights; {str(error).splitlines()[0]}. "
-            "Remove the score folder and run again."
-        ) from error
-    return heads.eval().requires_grad_(False)
+    return load_weights(Heads(shape), data)
 
 
 def embed_pairs(heads: Heads, image: Array, text: Array) -> tuple[Array, Array]:

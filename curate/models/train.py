@@ -5,6 +5,7 @@ start is most of the result, and on thousands it saves most of the epochs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ __all__ = [
     "Front",
     "Recipe",
     "Training",
-    "decay_rate",
+    "fit_contrastive",
     "fit_front",
     "has_learned",
     "train_heads",
@@ -208,34 +209,68 @@ def _solve_linear(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit(heads: Heads, white: list[Tensor], groups: Array, recipe: Recipe) -> list[float]:
-    """Train in place; returns the relative loss per epoch, ending at one that is not finite."""
-    count = len(groups)
-    batch = min(recipe.batch, max(2, count // 4))
-    steps = count // batch
-    if steps == 0:
-        return []
-    kinds = torch.from_numpy(groups)
+    """Train in place; see `fit_contrastive`."""
+    if len(groups) < 2:
+        return []  # no rivals, and no spread either
     spreads = [part.std(0) * recipe.noise for part in white]
     optimiser = torch.optim.AdamW(
         heads.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    total = steps * recipe.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: decay_rate(step, total))
-    losses: list[float] = []
+
+    def loss_of(rows: Tensor, alike: Tensor) -> Tensor:
+        image, text = (
+            head.project(part[rows] + spread * torch.randn(len(rows), len(spread)))
+            for head, part, spread in zip((heads.image, heads.text), white, spreads, strict=True)
+        )
+        return contrastive_loss(image, text, heads.scale(), alike)
+
     heads.train()
-    while len(losses) < recipe.epochs and (not losses or math.isfinite(losses[-1])):
+    return fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of)
+
+
+def fit_contrastive(
+    optimiser: torch.optim.Optimizer,
+    groups: Array,
+    epochs: int,
+    batch: int,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+) -> list[float]:
+    """Take the steps of a contrastive training.
+
+    Parameters
+    ----------
+    optimiser : torch.optim.Optimizer
+        Over what is trained, at the highest learning rate.
+    groups : (N, G) int64
+        Rows that share an entry of any column are not each other's negatives.
+    epochs : int
+    batch : int
+        Pairs per step, at most a quarter of the data.
+    loss_of : callable
+        The loss of a batch, of its rows (B,) int64 and of the pairs among them that are alike,
+        (B, B) bool.
+
+    Returns
+    -------
+    list of float
+        Mean loss per epoch, relative to that at chance, ending at one that is not finite.
+    """
+    count = len(groups)
+    batch = min(batch, max(2, count // 4))
+    steps = count // batch
+    if steps == 0:
+        return []
+    total = steps * epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
+    kinds = torch.from_numpy(groups)
+    losses: list[float] = []
+    while len(losses) < epochs and (not losses or math.isfinite(losses[-1])):
         order = torch.randperm(count)
         total_loss = chance = 0.0
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
-            image, text = (
-                head.project(part[rows] + spread * torch.randn(batch, len(spread)))
-                for head, part, spread in zip(
-                    (heads.image, heads.text), white, spreads, strict=True
-                )
-            )
             alike = (kinds[rows, None] == kinds[None, rows]).any(-1)
-            loss = contrastive_loss(image, text, heads.scale(), alike)
+            loss = loss_of(rows, alike)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -246,7 +281,7 @@ def _fit(heads: Heads, white: list[Tensor], groups: Array, recipe: Recipe) -> li
     return losses
 
 
-def decay_rate(step: int, total: int) -> float:
+def _rate(step: int, total: int) -> float:
     """Learning rate as a share of its highest: up over a tenth of the steps, then a cosine to 0."""
     warm = max(1, total // 10)
     if step < warm:

@@ -18,8 +18,7 @@ from curate.models.clip_proxy import (
     normalise_pixels,
 )
 from curate.models.encoders import torch_threads
-from curate.models.proxy import chance_loss
-from curate.models.train import RETRIES, decay_rate, has_learned
+from curate.models.train import RETRIES, fit_contrastive, has_learned
 
 __all__ = ["ClipRecipe", "ClipTraining", "train_clip"]
 
@@ -123,41 +122,29 @@ def train_clip(
 def _fit(
     model: CLIP, pixels: Array, tokens: Array, groups: Array, recipe: ClipRecipe
 ) -> list[float]:
-    """Train in place; returns the relative loss per epoch, ending at one that is not finite."""
-    count = len(pixels)
-    batch = min(recipe.batch, max(2, count // 4))
-    steps = count // batch
-    if steps == 0:
-        return []
+    """Train in place; see `fit_contrastive`."""
     device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    total = steps * recipe.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: decay_rate(step, total))
-    kinds = torch.from_numpy(groups)
-    losses: list[float] = []
+
+    def loss_of(rows: Tensor, alike: Tensor) -> Tensor:
+        seen = _augment(torch.from_numpy(pixels[rows.numpy()])).to(device)
+        words = _drop_tokens(torch.from_numpy(tokens[rows.numpy()])).to(device)
+        image, text = encode(model, normalise_pixels(seen), words, recipe.dtype)
+        _limit_scale(model)
+        loss: Tensor = GroupedClipLoss(alike.to(device))(image, text, model.logit_scale.exp())
+        return loss
+
     model.train()
-    while len(losses) < recipe.epochs and (not losses or math.isfinite(losses[-1])):
-        order = torch.randperm(count)
-        total_loss = chance = 0.0
-        for step in range(steps):
-            rows = order[step * batch : (step + 1) * batch]
-            alike = (kinds[rows, None] == kinds[None, rows]).any(-1)
-            chance += chance_loss(alike)
-            seen = _augment(torch.from_numpy(pixels[rows.numpy()])).to(device)
-            words = _drop_tokens(torch.from_numpy(tokens[rows.numpy()])).to(device)
-            image, text = encode(model, normalise_pixels(seen), words, recipe.dtype)
-            loss = GroupedClipLoss(alike.to(device))(image, text, model.logit_scale.exp())
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
-            total_loss += loss.item()
-        losses.append(total_loss / max(chance, 1e-6))  # without any rivals both are 0
+    losses = fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of)
+    _limit_scale(model)
     return losses
+
+
+def _limit_scale(model: CLIP) -> None:
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
 
 
 def _augment(pixels: Tensor) -> Tensor:

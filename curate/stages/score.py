@@ -29,7 +29,7 @@ from curate.stages.score_evidence import (
     read_features,
     spread_rows,
 )
-from curate.stages.score_inputs import read_plan, read_samples
+from curate.stages.score_inputs import read_plan, read_samples, score_stage
 from curate.stages.score_proxies import fill_bank, project_shard, train_proxy
 
 __all__ = ["Score"]
@@ -144,13 +144,10 @@ class Score(Stage):
         return facts
 
 
-def _stage(room: Room) -> Score:
-    assert isinstance(room.stage, Score)
-    return room.stage
-
-
 def _proxy_tasks(room: Room) -> list[str]:
-    return [str(proxy) for proxy in range(_stage(room).proxies)] if read_plan(room).scored else []
+    return (
+        [str(proxy) for proxy in range(score_stage(room).proxies)] if read_plan(room).scored else []
+    )
 
 
 def _words_tasks(room: Room) -> list[str]:
@@ -206,7 +203,7 @@ def _write_shard(room: Room, task: str) -> dict[str, float]:
         if saved is not None:
             detector, samples = Detector.from_json(saved), read_samples(room, task)
             rows = np.flatnonzero(evidence["rarity"].is_valid().to_numpy())
-            folds = draw_folds(samples.cluster_codes[rows], _stage(room).seed)
+            folds = draw_folds(samples.cluster_codes[rows], score_stage(room).seed)
             both = detector.probabilities(read_features(evidence)[rows], folds)
             for name, values in zip(("", "_stderr"), both, strict=True):
                 found[f"mismatch_probability{name}"] = spread_rows(values, rows, len(uids))

@@ -12,12 +12,11 @@ from curate.memorization.folds import draw_masks, hash_unit
 from curate.memorization.verdict import coherence, measure_memorization, tell_kinds
 from curate.schema import select_schema
 from curate.stages.base import Room
-from curate.stages.score_inputs import read_plan, read_samples
+from curate.stages.score_inputs import read_plan, read_samples, score_stage
 from curate.stages.score_proxies import trained_clusters
 
 if TYPE_CHECKING:
     from curate.models.clip_proxy import ClipShape
-    from curate.stages.score import Score
 
 __all__ = [
     "MEMORIZATION",
@@ -37,32 +36,22 @@ _COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kin
 
 #: Side of what a proxy sees. Thumbnails have 128 px on their longer side.
 _IMAGE_PX = 64
-#: Words that stay apart: a token that occurs once teaches nothing but its sample.
-_WORDS = 8192
-_LEAST_OCCURRENCES = 2
 #: Left-out samples that give a proxy's mean held-out embedding and its retrieval figure.
 _HELD_OUT = 1000
 _RETRIEVED = 10
-
-
-def _score(room: Room) -> "Score":
-    from curate.stages.score import Score
-
-    assert isinstance(room.stage, Score)
-    return room.stage
 
 
 def _path(room: Room, *names: str) -> str:
     return room.path(*names, table=MEMORIZATION)
 
 
-def _read_pairs(room: Room, shard: str, rows: Array | None = None) -> tuple[Array, Array, Array]:
-    """Pixels (M, 3, S, S) uint8 and tokens (M, L) int32 of a shard's rows that have both."""
+def _read_pairs(room: Room, shard: str, rows: Array) -> tuple[Array, Array, Array]:
+    """Pixels (M, 3, S, S) uint8 and tokens (M, L) int32 of those rows that have both."""
     from curate.models.clip_proxy import tokenize
 
     table = room.read(shard, ["thumbnail", "caption"])
     present = table["thumbnail"].is_valid().to_numpy()
-    rows = np.flatnonzero(present) if rows is None else rows[present[rows]]
+    rows = rows[present[rows]]
     chosen = table.take(pa.array(rows))
     pixels = np.zeros((len(rows), 3, _IMAGE_PX, _IMAGE_PX), np.uint8)
     for place, thumbnail in enumerate(chosen["thumbnail"].to_pylist()):
@@ -72,9 +61,9 @@ def _read_pairs(room: Room, shard: str, rows: Array | None = None) -> tuple[Arra
 
 def collect_pairs(room: Room, task: str) -> dict[str, float]:
     """Commit pixels, tokens and keys of the samples of a shard that proxies may train on."""
-    stage = _score(room)
+    stage = score_stage(room)
     samples = read_samples(room, task)
-    trained = samples.usable & trained_clusters(samples, read_plan(room), stage.seed)
+    trained = samples.usable & trained_clusters(samples.clusters, read_plan(room), stage.seed)
     pixels, tokens, rows = _read_pairs(room, task, np.flatnonzero(trained))
     chosen = samples.take(rows)
     storage.commit_array(_path(room, "pairs", f"{task}.pixels.npy"), pixels)
@@ -91,20 +80,14 @@ def collect_pairs(room: Room, task: str) -> dict[str, float]:
 
 def fold_vocabulary(room: Room, task: str) -> dict[str, float]:
     """Commit `words.npy`: the tokens that the set uses most."""
-    from curate.models.clip_proxy import MARKS
+    from curate.models.clip_proxy import choose_words
 
     counts: Counter[int] = Counter()
     for shard in room.shards():
         tokens = storage.read_array(_path(room, "pairs", f"{shard}.tokens.npy"))
         ids, times = np.unique(tokens, return_counts=True)
         counts.update(dict(zip(ids.tolist(), times.tolist(), strict=True)))
-    # Equally frequent ones by number, so that the choice does not depend on the shards' order.
-    ranked = sorted(
-        (word for word, times in counts.items() if times >= _LEAST_OCCURRENCES),
-        key=lambda word: (-counts[word], word),
-    )
-    words = sorted(word for word in ranked[:_WORDS] if word not in MARKS)
-    storage.commit_array(_path(room, "words.npy"), np.array(words, np.int64))
+    storage.commit_array(_path(room, "words.npy"), choose_words(counts))
     return {}
 
 
@@ -116,12 +99,13 @@ def _shape(words: Array) -> "ClipShape":
 
 def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     """Commit one proxy: weights, the mean of what it left out, and how its training went."""
-    from curate.models.clip_proxy import dump_clip, embed_views, fold_tokens, pick_dtype
+    from curate.models.clip_proxy import embed_views, fold_tokens, pick_dtype
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device
     from curate.models.train_clip import ClipRecipe, train_clip
+    from curate.models.weights import dump_weights
 
-    stage, proxy, device = _score(room), int(task), pick_device()
+    stage, proxy, device = score_stage(room), int(task), pick_device()
     words = np.array(storage.read_array(_path(room, "words.npy")))
     pixels, tokens, groups, inside = _gather_pairs(room, proxy)
     tokens = fold_tokens(tokens, words)
@@ -138,7 +122,7 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
         within = embed_views(trained.model, pixels[shown], tokens[shown], 1, dtype)[2]
     mean = (image + text).mean(0) if len(held) else np.zeros(image.shape[1], np.float32)
     storage.commit_array(_path(room, "clips", f"held-out-{task}.npy"), mean)
-    storage.commit_bytes(_path(room, "clips", f"{task}.safetensors"), dump_clip(trained.model))
+    storage.commit_bytes(_path(room, "clips", f"{task}.safetensors"), dump_weights(trained.model))
     count = int(inside.sum())
     record = {
         "seed": seed,
@@ -171,7 +155,7 @@ def _recall(image: Array, text: Array, captions: Array) -> float | None:
 
 def _gather_pairs(room: Room, proxy: int) -> tuple[Array, Array, Array, Array]:
     """All committed pairs in an order drawn by hash, and which of them the proxy trains on."""
-    stage = _score(room)
+    stage = score_stage(room)
     parts: list[tuple[Array, ...]] = []
     uids: list[str] = []
     for shard in room.shards():
@@ -198,7 +182,7 @@ def view_shard(room: Room, task: str) -> dict[str, float]:
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device
 
-    stage, device = _score(room), pick_device()
+    stage, device = score_stage(room), pick_device()
     samples = read_samples(room, task)
     pixels, tokens, rows = _read_pairs(room, task, np.flatnonzero(samples.usable))
     words = np.array(storage.read_array(_path(room, "words.npy")))
@@ -209,8 +193,8 @@ def view_shard(room: Room, task: str) -> dict[str, float]:
     with torch_threads(1):
         for proxy in range(stage.proxies):
             record = storage.read_json(_path(room, "clips", f"{proxy}.json"))
-            fs, path = storage.filesystem(_path(room, "clips", f"{proxy}.safetensors"))
-            model = load_clip(fs.cat_file(path), _shape(words), device)
+            weights = storage.read_bytes(_path(room, "clips", f"{proxy}.safetensors"))
+            model = load_clip(weights, _shape(words), device)
             found = embed_views(model, pixels, tokens, stage.clip_views, record["dtype"])
             for name, vectors in zip(("image", "text"), found, strict=False):
                 spread = np.zeros((len(whole), vectors.shape[1]), np.float16)
@@ -228,24 +212,24 @@ def write_memorization(room: Room, task: str) -> dict[str, float]:
     schema = select_schema(_COLUMNS)
     uids = room.read(task, [])["uid"]
     columns: list[Any] = [pa.nulls(len(uids), field.type) for field in schema]
-    if _score(room).proxy == "clip" and read_plan(room).scored:
+    if score_stage(room).proxy == "clip" and read_plan(room).scored:
         columns = _measure(room, task)
     room.commit_shard(MEMORIZATION, task, pa.table([uids, *columns], names=["uid", *_COLUMNS]))
     return {"samples": len(uids)}
 
 
 def _measure(room: Room, task: str) -> list[Any]:
-    stage = _score(room)
-    samples = read_samples(room, task)
+    stage = score_stage(room)
+    clusters = [name or "" for name in room.read(task, ["cluster_id"])["cluster_id"].to_pylist()]
     views = storage.read_table(_path(room, "views", f"{task}.parquet"))
-    values = np.empty((len(samples.uids), stage.proxies))
+    values = np.empty((len(clusters), stage.proxies))
     for proxy in range(stage.proxies):
         image, text = (storage.read_vectors(views[f"{s}_{proxy}"])[0] for s in ("image", "text"))
         held_out = storage.read_array(_path(room, "clips", f"held-out-{proxy}.npy"))
         alignment = views[f"alignment_{proxy}"].to_numpy(zero_copy_only=False)
         values[:, proxy] = coherence(alignment, image, text, held_out)
-    inside = draw_masks(samples.clusters, stage.proxies, stage.seed)
-    values[~trained_clusters(samples, read_plan(room), stage.seed)] = np.nan
+    inside = draw_masks(clusters, stage.proxies, stage.seed)
+    values[~trained_clusters(clusters, read_plan(room), stage.seed)] = np.nan
     score, error = measure_memorization(values, inside)
     table = storage.read_table(room.shard_path("score", task), ["mismatch_probability"])
     mismatch = table["mismatch_probability"].to_numpy(zero_copy_only=False)
@@ -262,5 +246,5 @@ def summarize_clips(room: Room) -> list[dict[str, Any]]:
     """Return every proxy's training curve, in/out gap and retrieval figure, for `run.json`."""
     return [
         storage.read_json(_path(room, "clips", f"{proxy}.json"))
-        for proxy in range(_score(room).proxies)
+        for proxy in range(score_stage(room).proxies)
     ]

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from curate import storage
 from curate.memorization.evidence import FEATURES, Pairs, gather_evidence
-from curate.memorization.folds import block_masks, hash_unit
+from curate.memorization.folds import average, block_masks, hash_unit, split_sides
 from curate.memorization.mismatch import DETECTORS, Keys, draw_donors
 from curate.memorization.rarity import isolation, rank_scale
 from curate.stages.base import Room
@@ -20,6 +20,7 @@ from curate.stages.score_inputs import (
     read_reference,
     read_samples,
     read_shared_space,
+    score_stage,
     unit,
 )
 from curate.stages.score_proxies import trained_clusters
@@ -41,16 +42,9 @@ ALIGNMENT = (
 )
 
 
-def _score(room: Room) -> "Score":
-    from curate.stages.score import Score
-
-    assert isinstance(room.stage, Score)
-    return room.stage
-
-
 def gather_shard(room: Room, task: str) -> dict[str, float]:
     """Commit alignments, isolation and evidence of a shard, and its part of the detector's fit."""
-    stage, plan, reference = _score(room), read_plan(room), read_reference(room)
+    stage, plan, reference = score_stage(room), read_plan(room), read_reference(room)
     everything = read_samples(room, task)
     rows = np.flatnonzero(everything.usable)
     samples = everything.take(rows)
@@ -91,18 +85,11 @@ def _align(
         [(i.astype(np.float32) * t.astype(np.float32)).sum(1) for i, t in embedded], axis=1
     )
     cosines = np.clip(cosines, -1, 1)
-    inside = block_masks(stage.proxies, stage.seed)[blocks]
-    # Each pair of complements holds one proxy of either kind.
-    half = (len(cosines), stage.proxies // 2)
-    within, without = cosines[inside].reshape(half), cosines[~inside].reshape(half)
-    within[~trained_clusters(samples, plan, stage.seed)] = np.nan
+    within, without = split_sides(cosines, block_masks(stage.proxies, stage.seed)[blocks])
+    within[~trained_clusters(samples.clusters, plan, stage.seed)] = np.nan
     result: dict[str, Array] = {}
     for name, values in zip(ALIGNMENT[::2], (within, without, within - without), strict=True):
-        result[name] = values.mean(1)
-        error = np.full(len(values), np.nan)
-        if half[1] > 1:
-            error = values.std(1, ddof=1) / np.sqrt(half[1])
-        result[f"{name}_stderr"] = error
+        result[name], result[f"{name}_stderr"] = average(values)
     return result
 
 
@@ -118,7 +105,7 @@ class _Gatherer:
         keys: Keys,
         embedded: list[list[Array]],
     ) -> None:
-        self._room, self._stage, self._plan = room, _score(room), plan
+        self._room, self._stage, self._plan = room, score_stage(room), plan
         self._reference, self._samples, self._keys = reference, samples, keys
         self._embedded = embedded
         self._bank = reference.bank

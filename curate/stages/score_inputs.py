@@ -16,6 +16,7 @@ from curate.stages.base import Room
 
 if TYPE_CHECKING:
     from curate.models.proxy import Heads, HeadsShape
+    from curate.stages.score import Score
 
 __all__ = [
     "Plan",
@@ -31,6 +32,7 @@ __all__ = [
     "read_reference",
     "read_samples",
     "read_shared_space",
+    "score_stage",
     "unit",
 ]
 
@@ -42,6 +44,14 @@ _VIEW_REFERENCES = 1024
 #: 1 / temperature at which cosines of a space that the encoder brings are compared: CLIP's own
 #: after training; cosines with mixtures of class names are less sure.
 _SHARED_SCALES = {"vectors": 100.0, "concepts": 20.0}
+
+
+def score_stage(room: Room) -> "Score":
+    """Return the stage that a room of `score` works for."""
+    from curate.stages.score import Score
+
+    assert isinstance(room.stage, Score)
+    return room.stage
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,8 @@ class Reference:
 
     def view(self, room: Room, proxy: int, image: Array, text: Array, blocks: Array) -> ProxyView:
         """Return pairs and references under one proxy, for pairs of the given blocks."""
-        masks = block_masks(_proxies(room), _seed(room))[:, proxy]
+        stage = score_stage(room)
+        masks = block_masks(stage.proxies, stage.seed)[:, proxy]
         embedded = storage.read_array(room.path("proxies", f"bank-{proxy}.npy"))
         rows = np.flatnonzero(~masks[self.keys.blocks])[:_VIEW_REFERENCES]
         record = storage.read_json(room.path("proxies", f"{proxy}.json"))
@@ -320,14 +331,6 @@ def _read_reference(folder: str) -> Reference:
     return Reference(uids, image, text, keys, pair, isolations, bank)
 
 
-def _proxies(room: Room) -> int:
-    return int(room.stage.proxies)  # type: ignore[attr-defined]
-
-
-def _seed(room: Room) -> int:
-    return int(room.stage.seed)  # type: ignore[attr-defined]
-
-
 def heads_shape(plan: Plan) -> "HeadsShape":
     """Return the shape of all proxies."""
     from curate.models.proxy import HeadsShape
@@ -339,5 +342,5 @@ def read_heads(room: Room, proxy: int) -> "Heads":
     """Read a committed proxy."""
     from curate.models.proxy import load_heads
 
-    fs, path = storage.filesystem(room.path("proxies", f"{proxy}.safetensors"))
-    return load_heads(fs.cat_file(path), heads_shape(read_plan(room)))
+    weights = storage.read_bytes(room.path("proxies", f"{proxy}.safetensors"))
+    return load_heads(weights, heads_shape(read_plan(room)))

@@ -21,6 +21,7 @@ from curate.stages.score_inputs import (
     read_plan,
     read_reference,
     read_samples,
+    score_stage,
     unit,
 )
 
@@ -46,18 +47,11 @@ _PHANTOMS = 6000
 _MAX_PHANTOMS_EACH = 8
 
 
-def _score(room: Room) -> "Score":
-    from curate.stages.score import Score
-
-    assert isinstance(room.stage, Score)
-    return room.stage
-
-
 def fill_bank(room: Room, task: str) -> dict[str, float]:
     """Commit the reference samples and `bank.json`."""
     from curate.models.train import fit_front
 
-    stage = _score(room)
+    stage = score_stage(room)
     best: Samples | None = None
     histogram = np.zeros(_BINS, np.int64)
     total = 0
@@ -126,10 +120,11 @@ def _has_shared_space(room: Room) -> bool:
 
 def train_proxy(room: Room, task: str) -> dict[str, float]:
     """Commit one proxy: weights, what it saw of the bank, loss per epoch, and its mask's print."""
-    from curate.models.proxy import dump_heads, embed_pairs
+    from curate.models.proxy import embed_pairs
     from curate.models.train import Recipe, train_heads
+    from curate.models.weights import dump_weights
 
-    stage, plan, proxy = _score(room), read_plan(room), int(task)
+    stage, plan, proxy = score_stage(room), read_plan(room), int(task)
     reference = read_reference(room)
     samples = _training_samples(room, plan, proxy)
     groups = np.stack([samples.cluster_codes, samples.caption_codes], axis=1)
@@ -143,7 +138,7 @@ def train_proxy(room: Room, task: str) -> dict[str, float]:
     )
     embedded = embed_pairs(trained.heads, reference.image, reference.text)
     storage.commit_array(room.path("proxies", f"bank-{task}.npy"), np.stack(embedded))
-    storage.commit_bytes(room.path("proxies", f"{task}.safetensors"), dump_heads(trained.heads))
+    storage.commit_bytes(room.path("proxies", f"{task}.safetensors"), dump_weights(trained.heads))
     mask = blake2b("".join(sorted(samples.uids)).encode(), digest_size=8).hexdigest()
     record = {
         "seed": stage.seed * 1000 + proxy,
@@ -162,20 +157,20 @@ def train_proxy(room: Room, task: str) -> dict[str, float]:
     }
 
 
-def trained_clusters(samples: Samples, plan: Plan, seed: int) -> Array:
-    """Tell whose clusters any proxy trains on: (N,) bool."""
-    chosen: Array = hash_unit(samples.clusters, seed, "train") < plan.train_below
+def trained_clusters(clusters: list[str], plan: Plan, seed: int) -> Array:
+    """Tell which clusters any proxy trains on: (N,) bool."""
+    chosen: Array = hash_unit(clusters, seed, "train") < plan.train_below
     return chosen
 
 
 def _training_samples(room: Room, plan: Plan, proxy: int) -> Samples:
     """Return what one proxy trains on, in an order drawn by hash."""
-    stage = _score(room)
+    stage = score_stage(room)
     parts = []
     for shard in room.shards():
         samples = read_samples(room, shard)
         inside = draw_masks(samples.clusters, stage.proxies, stage.seed)[:, proxy]
-        inside &= samples.usable & trained_clusters(samples, plan, stage.seed)
+        inside &= samples.usable & trained_clusters(samples.clusters, plan, stage.seed)
         parts.append(samples.take(np.flatnonzero(inside)))
     whole = Samples(
         [uid for part in parts for uid in part.uids],
@@ -200,7 +195,7 @@ def project_shard(room: Room, task: str) -> dict[str, float]:
         for part in (samples.image, samples.text)
     )
     with torch_threads(1):
-        for proxy in range(_score(room).proxies):
+        for proxy in range(score_stage(room).proxies):
             both = embed_pairs(read_heads(room, proxy), image, text)
             for name, embedded in zip(("image", "text"), both, strict=True):
                 column = storage.vector_column(embedded, samples.usable)

@@ -16,7 +16,6 @@ from curate.models.clip_proxy import (
     ClipShape,
     GroupedClipLoss,
     build_clip,
-    dump_clip,
     embed_views,
     encode,
     fold_tokens,
@@ -26,6 +25,7 @@ from curate.models.clip_proxy import (
     tokenize,
 )
 from curate.models.encoders import torch_threads
+from curate.models.weights import dump_weights
 from curate.stages.score import Score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,10 +148,10 @@ def test_loss_is_nought_where_all_are_alike() -> None:
 
 def test_weights_survive() -> None:
     pixels, tokens = _pixels(3), _tokens(3)
-    data = dump_clip(_model())
+    data = dump_weights(_model())
     again = load_clip(data, SHAPE, "cpu")
     assert not again.training
-    assert dump_clip(again) == data
+    assert dump_weights(again) == data
     models = (_model(), again)
     before, after = (embed_views(model, pixels, tokens, 2, "float32") for model in models)
     for one, other in zip(before, after, strict=True):
@@ -159,7 +159,7 @@ def test_weights_survive() -> None:
 
 
 def test_other_bytes_are_refused() -> None:
-    data = dump_clip(_model())
+    data = dump_weights(_model())
     for damaged in (b"", b"nothing of the kind", data[:-1], data[:1000], b"\x00" + data[1:]):
         with pytest.raises(StorageError, match="proxy's file must hold its weights") as caught:
             load_clip(damaged, SHAPE, "cpu")

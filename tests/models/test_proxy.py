@@ -8,11 +8,11 @@ from curate.models.proxy import (
     Heads,
     HeadsShape,
     contrastive_loss,
-    dump_heads,
     embed_pairs,
     load_heads,
 )
 from curate.models.train import Recipe, fit_front, has_learned, train_heads
+from curate.models.weights import dump_weights
 
 SHAPE = HeadsShape(40, 24, 16, 12, hidden=32, width=8)
 
@@ -68,9 +68,9 @@ def test_training_finds_held_out_pairs_and_beats_its_start() -> None:
 def test_training_repeats_itself() -> None:
     pairs = _views(300)
     first, second, other = _train(pairs), _train(pairs), _train(pairs, seed=1)
-    assert dump_heads(first.heads) == dump_heads(second.heads)
+    assert dump_weights(first.heads) == dump_weights(second.heads)
     assert first.losses == second.losses
-    assert dump_heads(first.heads) != dump_heads(other.heads)
+    assert dump_weights(first.heads) != dump_weights(other.heads)
 
 
 def test_loss_is_that_of_the_definition_and_spares_those_alike() -> None:
@@ -94,13 +94,13 @@ def test_loss_is_that_of_the_definition_and_spares_those_alike() -> None:
 def test_weights_survive_and_other_files_are_refused() -> None:
     pairs = _views(300)
     heads = _train(pairs).heads
-    again = load_heads(dump_heads(heads), SHAPE)
+    again = load_heads(dump_weights(heads), SHAPE)
     for before, after in zip(embed_pairs(heads, *pairs), embed_pairs(again, *pairs), strict=True):
         assert np.array_equal(before, after)
     with pytest.raises(StorageError, match="proxy"):
         load_heads(b"nothing of the kind", SHAPE)
     with pytest.raises(StorageError, match="proxy"):
-        load_heads(dump_heads(heads), HeadsShape(40, 24, 16, 12, hidden=31, width=8))
+        load_heads(dump_weights(heads), HeadsShape(40, 24, 16, 12, hidden=31, width=8))
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from curate.models import train_clip as module
-from curate.models.clip_proxy import CONTEXT, ClipShape, dump_clip, embed_views, load_clip
+from curate.models.clip_proxy import CONTEXT, ClipShape, embed_views, load_clip
 from curate.models.encoders import torch_threads
 from curate.models.train import RETRIES
 from curate.models.train_clip import ClipRecipe, ClipTraining, train_clip
+from curate.models.weights import dump_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,9 +67,9 @@ def test_training_repeats_itself_whatever_the_threads() -> None:
     with torch_threads(2):
         torch.rand(7)  # nor does it matter what was drawn before
         second = _train(64)
-    assert dump_clip(first.model) == dump_clip(second.model)
+    assert dump_weights(first.model) == dump_weights(second.model)
     assert first.losses == second.losses
-    assert dump_clip(first.model) != dump_clip(other.model)
+    assert dump_weights(first.model) != dump_weights(other.model)
 
 
 def test_coloured_squares_are_learned() -> None:
@@ -96,7 +97,7 @@ def test_a_training_that_diverges_is_begun_again_and_leaves_finite_weights(rate:
     assert training.retries == RETRIES
     assert all(map(math.isfinite, training.losses))
     pixels, tokens, _ = _squares(5)
-    again = load_clip(dump_clip(training.model), SHAPE, "cpu")
+    again = load_clip(dump_weights(training.model), SHAPE, "cpu")
     for part in embed_views(again, pixels, tokens, 2, "float32"):
         assert np.isfinite(part).all()
 
