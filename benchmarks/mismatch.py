@@ -6,35 +6,23 @@ where no duplicate can speak for a caption.
 """
 
 import json
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.planting import CLEAN, SWAP
-from curate import storage
-from curate.memorization.folds import hash_unit
-from curate.stages.base import Room
+from benchmarks.trial import Corpus, read_corpus, run_score
 from curate.stages.score import Score
 
-__all__ = ["judge", "score_one_per_cluster"]
+__all__ = ["calibration_error", "judge"]
 
 Array = np.ndarray[Any, Any]
 
 _BINS = 15
-_READS = ("caption", "cluster_id", "image_emb", "text_emb")
-_TABLES = {
-    "caption": "ingest",
-    "image_emb": "embed.vectors",
-    "text_emb": "embed.vectors",
-    "cluster_id": "dedup",
-}
 
 
 def calibration_error(probability: Array, wrong: Array) -> float:
@@ -81,96 +69,29 @@ def judge(probability: Array, wrong: Array) -> dict[str, Any]:
     }
 
 
-def _folder(out: str, table: str) -> Path:
-    """Folder of a table of the run; the latest one if there are several."""
-    found = sorted(Path(out, "stages").glob(f"{table}-*"), key=lambda path: path.stat().st_mtime)
-    return found[-1]
-
-
-def _read(out: str, table: str, columns: list[str]) -> pa.Table:
-    paths = sorted((_folder(out, table) / "shards").glob("*.parquet"))
-    return pa.concat_tables([storage.read_table(str(path), ["uid", *columns]) for path in paths])
-
-
-def score_one_per_cluster(out: str, stage: Score) -> tuple[pa.Table, dict[str, Any], float]:
-    """Run the score stage on one sample of each cluster, chosen by hash.
-
-    Returns
-    -------
-    scores : pyarrow.Table
-    facts : dict
-    seconds : float
-    """
-    whole = storage.join_aligned(
-        (t, _read(out, t, _of(t))) for t in dict.fromkeys(_TABLES.values())
-    )
-    usable = whole["image_emb"].is_valid().to_numpy() & whole["text_emb"].is_valid().to_numpy()
-    order = np.argsort(hash_unit(whole["uid"].to_pylist(), 0, "one per cluster"))
-    order = order[usable[order]]
-    _, first = np.unique(np.asarray(whole["cluster_id"].to_pylist())[order], return_index=True)
-    chosen = whole.take(np.sort(order[first]))
-    with tempfile.TemporaryDirectory() as folder:
-        room = _lay_out(folder, chosen, out, stage)
-        begun = time.monotonic()
-        for step in stage.steps():
-            for task in step.tasks(room):
-                step.run(room, task)
-        seconds = time.monotonic() - begun
-        parts = [storage.read_table(room.shard_path("score", shard)) for shard in room.shards()]
-        # Copied out of the folder, which is gone after this.
-        table = pa.concat_tables(parts).combine_chunks()
-        facts = stage.facts(room)
-        return pa.table({name: table[name].to_pylist() for name in _KEPT}), facts, seconds
-
-
-_KEPT = ("uid", "mismatch_probability")
-
-
-def _of(table: str) -> list[str]:
-    return [column for column in _READS if _TABLES[column] == table]
-
-
-def _lay_out(folder: str, chosen: pa.Table, out: str, stage: Score) -> Room:
-    """Write a run's tables for the chosen samples, as one shard per thousand."""
-    folders = {name: f"{folder}/{name}" for name in (*_TABLES.values(), "score")}
-    layout = []
-    for start in range(0, chosen.num_rows, 1000):
-        part, name = chosen.slice(start, 1000), f"{start // 1000:05d}"
-        layout.append({"name": name, "samples": part.num_rows})
-        for table in dict.fromkeys(_TABLES.values()):
-            path = f"{folders[table]}/shards/{name}.parquet"
-            storage.commit_table(path, part.select(["uid", *_of(table)]).combine_chunks())
-    storage.commit_json(f"{folders['ingest']}/layout.json", {"shards": layout})
-    for extra in (_folder(out, "embed.vectors") / "concepts").glob("*.npy"):
-        storage.commit_array(f"{folder}/embed.vectors/concepts/{extra.name}", np.load(extra))
-    return Room(stage, folders, dict(_TABLES), frozenset({"score"}))
-
-
 @click.command()
 @click.argument("out")
 @click.argument("truth")
 @click.option("--seed", default=0, show_default=True, help="score.seed of the second regime.")
 def main(out: str, truth: str, seed: int) -> None:
     """Print one JSON line about the run in OUT, whose planted truth is TRUTH."""
-    kinds = {row["key"]: row["kind"] for row in pq.read_table(truth).to_pylist()}
-    decisions = pq.read_table(Path(out) / "decisions", columns=["uid", "key"])
-    by_uid = {row["uid"]: kinds[row["key"]] for row in decisions.to_pylist()}
+    corpus = read_corpus(out, truth)
+    table = pq.read_table(Path(out) / "decisions", columns=["uid", "mismatch_probability"])
+    found = {row["uid"]: row["mismatch_probability"] for row in table.to_pylist()}
 
-    def compare(table: pa.Table) -> dict[str, Any]:
-        rows = [
-            (row["mismatch_probability"], by_uid[row["uid"]] == SWAP)
-            for row in table.select(_KEPT).to_pylist()
-            if row["mismatch_probability"] is not None and by_uid[row["uid"]] in (CLEAN, SWAP)
-        ]
-        return judge(np.array([p for p, _ in rows]), np.array([wrong for _, wrong in rows]))
+    def compare(pairs: Corpus, probability: Array) -> dict[str, Any]:
+        known = np.isin(pairs.kinds, (CLEAN, SWAP)) & np.isfinite(probability)
+        return judge(probability[known], pairs.kinds[known] == SWAP)
 
-    lone, facts, seconds = score_one_per_cluster(out, Score(seed=seed))
+    as_it_comes = np.array([found[uid] for uid in corpus.uids.tolist()], np.float64)
+    lone = corpus.one_per_cluster()
+    scored = run_score(lone, Score(seed=seed))
     result = {
-        "as_it_comes": compare(_read(out, "score", ["mismatch_probability"])),
+        "as_it_comes": compare(corpus, as_it_comes),
         "one_per_cluster": {
-            **compare(lone),
-            "share": facts["mismatch"].get("share"),
-            "seconds": round(seconds, 1),
+            **compare(lone, scored.columns["mismatch_probability"]),
+            "share": scored.facts["mismatch"].get("share"),
+            "seconds": round(scored.seconds, 1),
         },
     }
     click.echo(json.dumps(result))

@@ -1,0 +1,223 @@
+"""What kinds of noise do the scores see? `python -m benchmarks.noise OUT TRUTH`.
+
+Plants one kind at a time, in memory, among the clean pairs of a finished run, runs the score stage
+on the result, and prints one JSON line per kind: how well `mismatch_probability` tells the planted
+pairs from the rest, how many of either it puts above one half, and how well low
+`caption_information` does.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.planting import CLEAN
+from benchmarks.trial import Corpus, embed_captions, embed_pictures, read_corpus, run_score
+from curate.memorization.mismatch import normalise_caption
+from curate.stages.score import Score
+
+__all__ = ["KINDS", "plant"]
+
+Array = np.ndarray[Any, Any]
+
+_BOILERPLATE = (
+    "Image courtesy of the photographer. All rights reserved.",
+    "Click here to enlarge the picture",
+    "Untitled document, last saved on Monday",
+)
+_SALES = "Order now in our online shop: best price, free shipping, thirty days to return it!"
+_BLOCK = 512
+
+
+def _differs(corpus: Corpus, row: int, others: Array) -> Array:
+    """Tell which rows show something else, as far as names and captions tell: (M,) bool."""
+    found = corpus.name_groups[others] != corpus.name_groups[row]
+    found &= corpus.clusters[others] != corpus.clusters[row]
+    found &= np.char.lower(corpus.captions[others]) != corpus.captions[row].lower()
+    result: Array = found
+    return result
+
+
+def _draw(corpus: Corpus, rows: Array, pools: list[Array], rng: np.random.Generator) -> Array:
+    """Draw for each row another row of its pool that shows something else."""
+    donors = []
+    for row, pool in zip(rows, pools, strict=True):
+        fitting = pool[_differs(corpus, row, pool)]
+        donors.append(rng.choice(fitting) if len(fitting) else -1)
+    return np.array(donors, np.int64)
+
+
+def _given(corpus: Corpus, rows: Array, donors: Array) -> tuple[Corpus, Array]:
+    rows, donors = rows[donors >= 0], donors[donors >= 0]
+    return corpus.with_captions(rows, corpus.captions[donors], corpus.text[donors]), rows
+
+
+def _swap(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+    pool = np.arange(len(corpus))
+    return _given(corpus, rows, _draw(corpus, rows, [pool] * len(rows), rng))
+
+
+def _category(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+    pools = [np.flatnonzero(corpus.categories == corpus.categories[row]) for row in rows]
+    return _given(corpus, rows, _draw(corpus, rows, pools, rng))
+
+
+def _nearest(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+    """The caption of the most similar picture of something else."""
+    donors = np.full(len(rows), -1)
+    for start in range(0, len(rows), _BLOCK):
+        part = rows[start : start + _BLOCK]
+        order = np.argsort(-(corpus.image[part] @ corpus.image.T), axis=1)[:, :200]
+        for place, row in enumerate(part):
+            fitting = order[place][_differs(corpus, row, order[place])]
+            if len(fitting):
+                donors[start + place] = fitting[0]
+    return _given(corpus, rows, donors)
+
+
+def _reworded(change: Callable[[str, np.random.Generator], str]) -> Any:
+    def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+        captions = [change(str(caption), rng) for caption in corpus.captions[rows]]
+        same = [
+            normalise_caption(a) == normalise_caption(str(b))
+            for a, b in zip(captions, corpus.captions[rows], strict=True)
+        ]
+        rows = rows[~np.array(same)]
+        captions = [caption for caption, equal in zip(captions, same, strict=True) if not equal]
+        return corpus.with_captions(rows, np.array(captions), embed_captions(captions)), rows
+
+    return spoil
+
+
+def _one_word(caption: str, rng: np.random.Generator) -> str:
+    words = [word.strip(".,:;()") for word in caption.split()]
+    long = [word for word in words if len(word) > 2] or words
+    return str(rng.choice(long))
+
+
+def _garbled(caption: str, rng: np.random.Generator) -> str:
+    return "".join(rng.permutation(list(caption))).strip() or "."
+
+
+def _pictured(make: Callable[[np.random.Generator], Image.Image]) -> Any:
+    def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+        return corpus.with_pictures(rows, embed_pictures([make(rng) for _ in rows])), rows
+
+    return spoil
+
+
+def _noise_picture(rng: np.random.Generator) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8))
+
+
+def _one_colour(rng: np.random.Generator) -> Image.Image:
+    return Image.new("RGB", (128, 128), tuple(rng.integers(0, 256, 3).tolist()))
+
+
+Spoil = Callable[[Corpus, Array, np.random.Generator], tuple[Corpus, Array]]
+
+KINDS: dict[str, Spoil] = {
+    "swap": _swap,
+    "category": _category,
+    "nearest": _nearest,
+    "boilerplate": _reworded(lambda _, rng: str(rng.choice(_BOILERPLATE))),
+    "one_word": _reworded(_one_word),
+    "first_third": _reworded(lambda caption, _: caption[: max(3, len(caption) // 3)]),
+    "garbled": _reworded(_garbled),
+    "sales": _reworded(lambda caption, _: f"{caption}. {_SALES}"),
+    "noise_picture": _pictured(_noise_picture),
+    "one_colour": _pictured(_one_colour),
+}
+
+
+def plant(
+    corpus: Corpus, kind: str, share: float, seed: int, twins: bool = False
+) -> tuple[Corpus, Array]:
+    """Spoil some rows in one way.
+
+    Parameters
+    ----------
+    corpus : Corpus
+    kind : str
+        One of `KINDS`.
+    share : float
+        Of the rows.
+    seed : int
+    twins : bool
+        Give what a row is given to all rows of its cluster.
+
+    Returns
+    -------
+    corpus : Corpus
+    planted : (N,) bool
+    """
+    rng = np.random.default_rng((seed, *kind.encode()))
+    rows = np.sort(rng.permutation(len(corpus))[: round(share * len(corpus))])
+    if twins:
+        _, first = np.unique(corpus.clusters[rows], return_index=True)
+        rows = rows[first]
+    spoilt, rows = KINDS[kind](corpus, rows, rng)
+    planted = np.zeros(len(corpus), bool)
+    planted[rows] = True
+    if twins:
+        order = {str(corpus.clusters[row]): row for row in rows}
+        every = np.array([order.get(str(name), -1) for name in corpus.clusters])
+        rest = np.flatnonzero((every >= 0) & ~planted)
+        given = every[rest]
+        spoilt = spoilt.with_captions(rest, spoilt.captions[given], spoilt.text[given])
+        planted[rest] = True
+    return spoilt, planted
+
+
+def judge(values: Array, information: Array | None, planted: Array) -> dict[str, Any]:
+    """Compare scores with what was planted."""
+    known = np.isfinite(values)
+    report = {
+        "planted": int(planted.sum()),
+        "auroc": _auroc(planted[known], values[known]),
+        "planted_above_half": _share(values[planted & known] >= 0.5),
+        "rest_above_half": _share(values[~planted & known] >= 0.5),
+        "mean_probability": _share(values[known]),
+    }
+    if information is not None:
+        report["information_auroc"] = _auroc(planted[known], -information[known])
+    return report
+
+
+def _auroc(planted: Array, values: Array) -> float:
+    return round(float(roc_auc_score(planted, values)), 4)
+
+
+def _share(values: Array) -> float:
+    return round(float(values.mean()), 4)
+
+
+@click.command()
+@click.argument("out")
+@click.argument("truth")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(tuple(KINDS)), help="Only these.")
+@click.option("--share", default=0.03, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--as-is", is_flag=True, help="All rows instead of one of each cluster.")
+@click.option("--twins", is_flag=True, help="A row's duplicates are spoilt alike.")
+def main(
+    out: str, truth: str, kinds: tuple[str, ...], share: float, seed: int, as_is: bool, twins: bool
+) -> None:
+    """Measure on the clean pairs of the run in OUT, whose planted truth is TRUTH."""
+    corpus = read_corpus(out, truth)
+    corpus = corpus.take(np.flatnonzero(corpus.kinds == CLEAN))
+    corpus = corpus if as_is else corpus.one_per_cluster()
+    for kind in kinds or tuple(KINDS):
+        spoilt, planted = plant(corpus, kind, share, seed, twins)
+        scored = run_score(spoilt, Score(seed=seed))
+        probability = scored.columns["mismatch_probability"]
+        found = judge(probability, scored.columns.get("caption_information"), planted)
+        click.echo(json.dumps({"kind": kind, "share": share, "pairs": len(corpus), **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""How reliable are memorization scores of few proxies? `python -m benchmarks.reliability OUT WORK`.
+
+Ground truth is the score of many proxies trained end to end on random halves of the clusters of a
+finished run's pairs. Against it stand the score stage's own designs: eight such proxies with other
+seeds and of another size, and heads over the frozen vectors. No proxy serves both sides. Every
+proxy's result is kept in WORK, so that a run that was stopped goes on; `--part` shares the work
+among processes. Prints one JSON line.
+
+References: Feldman and Zhang (arXiv:2008.03703), section 2: the subset-sampling estimator.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+from scipy.stats import spearmanr
+
+from benchmarks.signature import read_pairs
+from curate import storage
+from curate.engine.workers import keep_freed_memory
+from curate.formats.pixels import read_square
+from curate.memorization.folds import draw_masks, hash_unit
+from curate.memorization.mismatch import normalise_caption
+from curate.memorization.verdict import coherence, measure_memorization
+from curate.models.clip_proxy import (
+    ClipShape,
+    choose_words,
+    embed_views,
+    fold_tokens,
+    pick_dtype,
+    tokenize,
+)
+from curate.models.precision import pick_device
+from curate.models.proxy import HeadsShape, embed_pairs
+from curate.models.train import Recipe, fit_front, train_heads
+from curate.models.train_clip import ClipRecipe, train_clip
+
+Array = np.ndarray[Any, Any]
+
+_IMAGE_PX = 64
+_HELD_OUT = 1000
+_FEW = 8
+_FRONT_WIDTH = 256
+_TOP_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pairs, as all proxies see them.
+
+    Parameters
+    ----------
+    clusters, captions : list of str, length N
+    pixels : (N, 3, S, S) uint8
+    tokens : (N, L) int32
+    words : int
+        Of the vocabulary.
+    vectors : ((N, D) float32, (N, E) float32)
+    """
+
+    clusters: list[str]
+    captions: list[str]
+    pixels: Array
+    tokens: Array
+    words: int
+    vectors: tuple[Array, Array]
+
+    @property
+    def codes(self) -> Array:
+        """(N, 2) int64: pairs that share an entry of a column are not each other's negatives."""
+        columns = (self.clusters, self.captions)
+        codes = [np.unique(column, return_inverse=True)[1] for column in columns]
+        return np.stack(codes, axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Design:
+    """Proxies whose values make one score.
+
+    Parameters
+    ----------
+    name : str
+    masks : (N, P) bool
+        Columns 2m and 2m + 1 are complements.
+    fit : callable
+        Values of all pairs under a proxy, (N,) float64, of what it trains on, (N,) bool, and its
+        seed.
+    """
+
+    name: str
+    masks: Array
+    fit: Callable[[Array, int], Array]
+
+    def seed(self, proxy: int) -> int:
+        """Return a seed that no other proxy has."""
+        return int(hash_unit([f"{self.name} {proxy}"], 0, "reliability")[0] * 2**31)
+
+
+def read_data(out: Path, limit: int) -> Data:
+    """Read the first pairs by hash of a run that has vectors and thumbnails."""
+    table = read_pairs(out, limit)
+    (folder,) = (out / "stages").glob("embed.vectors-*")
+    names = ["uid", "image_emb", "text_emb"]
+    shards = sorted((folder / "shards").glob("*.parquet"))
+    vectors = pa.concat_tables([storage.read_table(str(path), names) for path in shards])
+    place = {uid: row for row, uid in enumerate(vectors["uid"].to_pylist())}
+    rows = pa.array([place[uid] for uid in table["uid"].to_pylist()])
+    both = [storage.read_vectors(vectors.take(rows)[name])[0] for name in names[1:]]
+    tokens = tokenize(table["caption"].to_pylist())
+    words = choose_words(Counter(tokens.ravel().tolist()))
+    return Data(
+        table["cluster_id"].to_pylist(),
+        [normalise_caption(caption) for caption in table["caption"].to_pylist()],
+        np.stack([read_square(data, _IMAGE_PX) for data in table["thumbnail"].to_pylist()]),
+        fold_tokens(tokens, words),
+        len(words),
+        (both[0].astype(np.float32), both[1].astype(np.float32)),
+    )
+
+
+def random_halves(clusters: list[str], pairs: int) -> Array:
+    """Draw complementary halves of the clusters, anew for every two proxies: (N, 2 * pairs)."""
+    names, places = np.unique(clusters, return_inverse=True)
+    masks = np.zeros((len(clusters), 2 * pairs), bool)
+    for pair in range(pairs):
+        drawn = hash_unit(names.tolist(), pair, "random halves")
+        masks[:, 2 * pair] = (drawn < np.median(drawn))[places]
+        masks[:, 2 * pair + 1] = ~masks[:, 2 * pair]
+    return masks
+
+
+def clip_fit(data: Data, shape: ClipShape, recipe: ClipRecipe, views: int) -> Any:
+    """Return a `Design.fit` by proxies trained end to end."""
+
+    def fit(inside: Array, seed: int) -> Array:
+        trained = train_clip(
+            shape,
+            data.pixels[inside],
+            data.tokens[inside],
+            data.codes[inside],
+            recipe,
+            seed,
+            pick_device(),
+        )
+        both = embed_views(trained.model, data.pixels, data.tokens, views, recipe.dtype)
+        return _coherence(*both, inside)
+
+    return fit
+
+
+def heads_fit(data: Data) -> Any:
+    """Return a `Design.fit` by heads over the frozen vectors."""
+    fronts = tuple(fit_front(part, _FRONT_WIDTH) for part in data.vectors)
+    shape = HeadsShape(
+        data.vectors[0].shape[1],
+        data.vectors[1].shape[1],
+        fronts[0][1].shape[1],
+        fronts[1][1].shape[1],
+    )
+
+    def fit(inside: Array, seed: int) -> Array:
+        pair = (data.vectors[0][inside], data.vectors[1][inside])
+        front = (fronts[0], fronts[1])
+        trained = train_heads(shape, front, pair, data.codes[inside], Recipe(), seed)
+        image, text = (
+            part.astype(np.float32) for part in embed_pairs(trained.heads, *data.vectors)
+        )
+        return _coherence(image, text, (image * text).sum(1), inside)
+
+    return fit
+
+
+def _coherence(image: Array, text: Array, alignment: Array, inside: Array) -> Array:
+    held = np.flatnonzero(~inside)[:_HELD_OUT]
+    return coherence(alignment, image, text, (image[held] + text[held]).mean(0))
+
+
+def run(design: Design, work: Path, part: tuple[int, int]) -> None:
+    """Fit the design's proxies that are missing in `work` and of this part."""
+    for proxy in range(design.masks.shape[1]):
+        path = work / f"{design.name}-{proxy}.npy"
+        if proxy % part[1] == part[0] and not path.exists():
+            begun = time.monotonic()
+            values = design.fit(design.masks[:, proxy], design.seed(proxy))
+            storage.commit_array(str(path), values)
+            click.echo(f"{path.stem}: {time.monotonic() - begun:.0f} s", err=True)
+
+
+def load(design: Design, work: Path, proxies: slice | None = None) -> tuple[Array, Array]:
+    """Return the score of some of a design's proxies and its values as (N, P)."""
+    chosen = list(range(design.masks.shape[1]))[proxies or slice(None)]
+    values = np.stack([np.load(work / f"{design.name}-{p}.npy") for p in chosen], axis=1)
+    return measure_memorization(values, design.masks[:, chosen])[0], values
+
+
+def compare(score: Array, truth: Array) -> dict[str, float]:
+    """Spearman correlation with ground truth, overall and among its top tenth."""
+    top = truth >= np.quantile(truth, 1 - _TOP_SHARE)
+    picked = score >= np.quantile(score, 1 - _TOP_SHARE)
+    return {
+        "spearman": round(float(spearmanr(score, truth)[0]), 4),
+        "spearman_top": round(float(spearmanr(score[top], truth[top])[0]), 4),
+        "top_shared": round(float((top & picked).sum() / top.sum()), 4),
+    }
+
+
+def split_half(design: Design, work: Path) -> dict[str, float]:
+    """Correlation of the scores of two halves of the proxies, and what it says of all of them.
+
+    References
+    ----------
+    Spearman 1910, Brown 1910: a score of twice as many proxies has reliability 2 r / (1 + r).
+    """
+    count = design.masks.shape[1] // 2 // 2 * 2
+    halves = (slice(None, count), slice(count, 2 * count))
+    first, second = (load(design, work, half)[0] for half in halves)
+    rank = float(spearmanr(first, second)[0])
+    return {"split_half": round(rank, 4), "reliability": round(2 * rank / (1 + rank), 4)}
+
+
+@click.command()
+@click.argument("out", type=click.Path(exists=True, path_type=Path))
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--limit", default=3000, show_default=True, help="Pairs used.")
+@click.option("--truth-proxies", default=64, show_default=True)
+@click.option("--epochs", default=ClipRecipe().epochs, show_default=True)
+@click.option("--views", default=4, show_default=True)
+@click.option("--part", type=(int, int), default=(0, 1), help="Which share of the proxies to fit.")
+def main(
+    out: Path,
+    work: Path,
+    limit: int,
+    truth_proxies: int,
+    epochs: int,
+    views: int,
+    part: tuple[int, int],
+) -> None:
+    """Measure on the pairs of OUT, a finished run."""
+    keep_freed_memory()
+    data = read_data(out, limit)
+    recipe = ClipRecipe(epochs=epochs, dtype=pick_dtype(pick_device()))
+    shape = ClipShape(data.words, image_px=_IMAGE_PX)
+    clip = clip_fit(data, shape, recipe, views)
+    wide = clip_fit(data, replace(shape, image_width=32, text_width=192), recipe, views)
+    heads = heads_fit(data)
+    halves = random_halves(data.clusters, truth_proxies // 2)
+    designs = [
+        Design("few", draw_masks(data.clusters, _FEW, 0), clip),
+        Design("truth", halves, clip),
+        Design("heads", draw_masks(data.clusters, _FEW, 0), heads),
+        Design("heads-truth", halves, heads),
+        Design("few-again", draw_masks(data.clusters, _FEW, 1), clip),
+        Design("wide", draw_masks(data.clusters, _FEW, 2), wide),
+    ]
+    work.mkdir(parents=True, exist_ok=True)
+    for design in designs:
+        run(design, work, part)
+    if part[1] > 1:
+        return
+    by_name = {design.name: design for design in designs}
+    truth, _ = load(by_name["truth"], work)
+    report: dict[str, Any] = {
+        "pairs": len(data.clusters),
+        "clusters": len(set(data.clusters)),
+        "epochs": epochs,
+        "truth_proxies": truth_proxies,
+        "truth": split_half(by_name["truth"], work),
+    }
+    for name in ("few", "few-again", "wide", "heads", "heads-truth"):
+        score, _ = load(by_name[name], work)
+        report[name] = {**compare(score, truth), **split_half(by_name[name], work)}
+    click.echo(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
