@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -12,6 +13,7 @@ from typing import Any
 
 import click
 
+from benchmarks.gimp_help import gimp_help_pairs
 from benchmarks.images import Encoding
 from benchmarks.planting import Shares, plan
 from benchmarks.screening import choose_distinct
@@ -148,6 +150,25 @@ def openclipart(cache: Path, pairs: int | None, **options: Any) -> None:
 def emoji(cache: Path, pairs: int | None, **options: Any) -> None:
     """Build a corpus of emoji captioned by their names."""
     _build_from_options(emoji_pairs(cache.expanduser()), pairs_wanted=pairs, **options)
+
+
+@main.command()
+@_corpus_options
+@click.option(
+    "--language",
+    "languages",
+    multiple=True,
+    default=("en",),
+    show_default=True,
+    help="Language as the package gimp-help-LANGUAGE spells it; repeat for several.",
+)
+def gimp_help(cache: Path, pairs: int | None, languages: tuple[str, ...], **options: Any) -> None:
+    """Build a corpus of the pictures in GIMP's manuals, captioned by their alt texts."""
+    try:
+        found = gimp_help_pairs(cache.expanduser(), languages)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise click.ClickException(str(error)) from error
+    _build_from_options(found, pairs_wanted=pairs, **options)
 
 
 @main.command()

@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import unicodedata
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,41 @@ def _fetch(pattern: str, command: list[str], cache: Path) -> Path:
     return found[-1]
 
 
+def unpacked(name: str, packages: Sequence[str], cache: Path) -> Path:
+    """Download and unpack Debian packages unless the cache has them.
+
+    Parameters
+    ----------
+    name
+        The corpus, which names the folder.
+    packages
+        The packages that make it up.
+    cache
+        Folder for the packages and their contents.
+
+    Returns
+    -------
+    Path
+        The folder that holds what the packages install.
+    """
+    root = cache / name
+    if not root.exists():
+        debs = [
+            _fetch(f"{package}_*.deb", ["apt-get", "download", package], cache)
+            for package in packages
+        ]
+        # Unpacked aside and renamed, so that an interrupted run leaves no partial corpus.
+        partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+        try:
+            for deb in debs:
+                subprocess.run(["dpkg-deb", "-x", str(deb), str(partial)], check=True)
+            partial.rename(root)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return root
+
+
 def fetch_openclipart(cache: Path) -> Path:
     """Download and unpack the openclipart packages unless the cache has them.
 
@@ -111,21 +146,7 @@ def fetch_openclipart(cache: Path) -> Path:
     Path
         The folder that holds `png` and `svg`.
     """
-    root = cache / "openclipart"
-    if not root.exists():
-        debs = [
-            _fetch(f"{name}_*.deb", ["apt-get", "download", name], cache)
-            for name in OPENCLIPART_PACKAGES
-        ]
-        # Unpacked aside and renamed, so that an interrupted run leaves no partial corpus.
-        partial = Path(tempfile.mkdtemp(prefix="openclipart-", dir=cache))
-        try:
-            for deb in debs:
-                subprocess.run(["dpkg-deb", "-x", str(deb), str(partial)], check=True)
-            partial.rename(root)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    root = unpacked("openclipart", OPENCLIPART_PACKAGES, cache)
     return root / "usr" / "share" / "openclipart"
 
 
