@@ -45,7 +45,7 @@ _TEXT_WIDTH, _TEXT_LINES = 40, 7
 
 def read_judged(out: Path, truth: Path) -> pa.Table:
     """Return pairs that no rule but mismatch drops, with source, scores and thumbnail."""
-    columns = ["uid", "key", "caption", "reason", "mismatch_probability", "rarity"]
+    columns = ["uid", "key", "caption", "reason", "mismatch_probability", "caption_information"]
     decisions = pq.read_table(out / "decisions", columns=columns)
     reasons = decisions["reason"].to_pylist()
     usable = [reason in (None, "mismatched") for reason in reasons]
@@ -217,8 +217,13 @@ def judge(out: Path, truth: Path, labels: Path) -> None:
         "all": {"wrong": _mean(wrong, weight), "bad": _mean(bad, weight)},
         "mean_probability": _mean(probability[picked], weight),
     }
-    for name, kind in (("wrong", wrong), ("bad", bad)):
-        doubled = (np.r_[np.ones(len(kind)), np.zeros(len(kind))], np.tile(probability[picked], 2))
+    said = -table["caption_information"].to_numpy()
+    for name, kind, values in (
+        ("wrong_by_probability", wrong, probability),
+        ("bad_by_probability", bad, probability),
+        ("uninformative_by_information", bad - wrong, said),
+    ):
+        doubled = (np.r_[np.ones(len(kind)), np.zeros(len(kind))], np.tile(values[picked], 2))
         weights = np.r_[kind * weight, (1 - kind) * weight]
         report[name] = {
             "auroc": round(float(roc_auc_score(*doubled, sample_weight=weights)), 4),

@@ -15,10 +15,12 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.mismatch import calibration_error
 from benchmarks.planting import CLEAN
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, read_corpus, run_score
 from curate.memorization.mismatch import normalise_caption
 from curate.stages.score import Score
+from curate.stages.select import mismatch_limit
 
 __all__ = ["KINDS", "plant"]
 
@@ -31,6 +33,9 @@ _BOILERPLATE = (
 )
 _SALES = "Order now in our online shop: best price, free shipping, thirty days to return it!"
 _BLOCK = 512
+_PASSES = 50
+#: What is asked of the kept, as in select.max_mismatch_rate.
+_MAX_RATE = 0.02
 
 
 def _differs(corpus: Corpus, row: int, others: Array) -> Array:
@@ -42,28 +47,36 @@ def _differs(corpus: Corpus, row: int, others: Array) -> Array:
     return result
 
 
-def _draw(corpus: Corpus, rows: Array, pools: list[Array], rng: np.random.Generator) -> Array:
-    """Draw for each row another row of its pool that shows something else."""
-    donors = []
-    for row, pool in zip(rows, pools, strict=True):
-        fitting = pool[_differs(corpus, row, pool)]
-        donors.append(rng.choice(fitting) if len(fitting) else -1)
-    return np.array(donors, np.int64)
-
-
 def _given(corpus: Corpus, rows: Array, donors: Array) -> tuple[Corpus, Array]:
     rows, donors = rows[donors >= 0], donors[donors >= 0]
     return corpus.with_captions(rows, corpus.captions[donors], corpus.text[donors]), rows
 
 
-def _swap(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
-    pool = np.arange(len(corpus))
-    return _given(corpus, rows, _draw(corpus, rows, [pool] * len(rows), rng))
+def _permuted(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+    """Permute captions among the rows: none becomes more frequent, which would give it away.
+
+    Rows for which nothing fits are left as they are.
+    """
+    donors = rng.permutation(rows)
+    for _ in range(_PASSES):
+        fixed = [
+            at for at, row in enumerate(rows) if not _differs(corpus, row, donors[at : at + 1])[0]
+        ]
+        for at in fixed:
+            other = int(rng.integers(len(rows)))
+            donors[at], donors[other] = donors[other], donors[at]
+    fits = [_differs(corpus, row, donors[at : at + 1])[0] for at, row in enumerate(rows)]
+    return _given(corpus, rows, np.where(fits, donors, -1))
 
 
 def _category(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
-    pools = [np.flatnonzero(corpus.categories == corpus.categories[row]) for row in rows]
-    return _given(corpus, rows, _draw(corpus, rows, pools, rng))
+    """Permute captions within each category."""
+    moved = []
+    for category in np.unique(corpus.categories[rows]):
+        part = rows[corpus.categories[rows] == category]
+        corpus, changed = _permuted(corpus, part, rng)
+        moved.append(changed)
+    return corpus, np.concatenate(moved)
 
 
 def _nearest(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
@@ -121,7 +134,7 @@ def _one_colour(rng: np.random.Generator) -> Image.Image:
 Spoil = Callable[[Corpus, Array, np.random.Generator], tuple[Corpus, Array]]
 
 KINDS: dict[str, Spoil] = {
-    "swap": _swap,
+    "swap": _permuted,
     "category": _category,
     "nearest": _nearest,
     "boilerplate": _reworded(lambda _, rng: str(rng.choice(_BOILERPLATE))),
@@ -173,18 +186,27 @@ def plant(
     return spoilt, planted
 
 
-def judge(values: Array, information: Array | None, planted: Array) -> dict[str, Any]:
-    """Compare scores with what was planted."""
+def judge(values: Array, information: Array, planted: Array, captions: Array) -> dict[str, Any]:
+    """Compare scores with what was planted.
+
+    `information_auroc` compares with pairs whose caption nobody else has: corpora come with
+    boilerplate of their own.
+    """
     known = np.isfinite(values)
+    limit = mismatch_limit(values, _MAX_RATE)[0]
     report = {
         "planted": int(planted.sum()),
         "auroc": _auroc(planted[known], values[known]),
         "planted_above_half": _share(values[planted & known] >= 0.5),
         "rest_above_half": _share(values[~planted & known] >= 0.5),
         "mean_probability": _share(values[known]),
+        "calibration_error": round(calibration_error(values[known], planted[known]), 4),
+        "left_of_2_percent": _share(planted[values <= limit]),
+        "kept": _share(values <= limit),
     }
-    if information is not None:
-        report["information_auroc"] = _auroc(planted[known], -information[known])
+    _, codes, counts = np.unique(np.char.lower(captions), return_inverse=True, return_counts=True)
+    asked = known & (planted | (counts[codes] == 1))
+    report["information_auroc"] = _auroc(planted[asked], -information[asked])
     return report
 
 
@@ -215,7 +237,8 @@ def main(
         spoilt, planted = plant(corpus, kind, share, seed, twins)
         scored = run_score(spoilt, Score(seed=seed))
         probability = scored.columns["mismatch_probability"]
-        found = judge(probability, scored.columns.get("caption_information"), planted)
+        information = scored.columns["caption_information"]
+        found = judge(probability, information, planted, spoilt.captions)
         click.echo(json.dumps({"kind": kind, "share": share, "pairs": len(corpus), **found}))
 
 

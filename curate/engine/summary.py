@@ -90,6 +90,21 @@ def _describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[st
     mismatch = facts.get("select", {}).get("mismatch")
     if mismatch and mismatch["expected_rate"] is not None:
         lines.append(f"Expected among the kept: {mismatch['expected_rate']:.1%}")
+    if mismatch and mismatch.get("phantoms_caught"):
+        lines.append(_describe_calibration(mismatch))
     if mismatch and mismatch["unscored"]:
         lines.append(f"Warning: {mismatch['unscored']} samples have no score and were not judged")
     return lines
+
+
+def _describe_calibration(mismatch: dict[str, Any]) -> str:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0%}"
+
+    caught = mismatch["phantoms_caught"]
+    return (
+        f"At this threshold {share(caught['random'])} of captions planted at random are caught and "
+        f"{share(caught['near_image'])} of look-alikes' captions; it drops "
+        f"{share(mismatch['rare_dropped'])} of rare and {share(mismatch['common_dropped'])} of "
+        "common samples"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FEATURES", "Bank", "Pairs", "ProxyView", "gather_evidence", "highest"]
+__all__ = ["EVIDENCE", "FEATURES", "Bank", "Pairs", "ProxyView", "gather_evidence", "highest"]
 
 Array = np.ndarray[Any, Any]
 
@@ -44,6 +44,10 @@ FEATURES: tuple[str, ...] = (
     "information",
     *(f"shared_{name}" for name in _PROXY_FEATURES),
 )
+
+#: All that is gathered: besides the detector's features how far the caption narrows down the
+#: pictures that the proxies left out (see `information.score_information`).
+EVIDENCE: tuple[str, ...] = (*FEATURES, "caption_bits")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class ProxyView:
 def gather_evidence(
     pairs: Pairs, bank: Bank, views: list[ProxyView], shared: ProxyView | None = None
 ) -> Array:
-    """Describe pairs by `FEATURES`.
+    """Describe pairs by `EVIDENCE`.
 
     Parameters
     ----------
@@ -133,7 +137,7 @@ def gather_evidence(
 
     Returns
     -------
-    (N, len(FEATURES)) float32
+    (N, len(EVIDENCE)) float32
         Finite.
 
     References
@@ -144,15 +148,16 @@ def gather_evidence(
     for start in range(0, len(near), _ROWS):
         block, count = pairs.block(start)
         near[start : start + count] = _neighbour_evidence(block, bank)[:count]
-    own = _proxy_evidence(pairs, [shared] if shared else [])[:, : len(_PROXY_FEATURES)]
-    result = np.concatenate([_proxy_evidence(pairs, views), near, own], axis=1)
+    own, _, _ = _proxy_evidence(pairs, [shared] if shared else [])
+    mean, spread, bits = _proxy_evidence(pairs, views)
+    result = np.column_stack([mean, spread, near, own, bits])
     return np.nan_to_num(result.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> Array:
-    """Means over the proxies that left the pair out, and the spread of the cosine."""
+def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> tuple[Array, Array, Array]:
+    """Over the proxies that left the pair out: means, spread of the cosine, mean of the bits."""
     count = len(pairs.captions)
-    total = np.zeros((count, len(_PROXY_FEATURES)))
+    total = np.zeros((count, len(_PROXY_FEATURES) + 1))
     squares = np.zeros(count)
     seen = np.zeros(count)
     for view in views:
@@ -167,11 +172,11 @@ def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> Array:
     seen = np.maximum(seen, 1)
     mean = total / seen[:, None]
     spread = np.sqrt(np.maximum(squares / seen - mean[:, 0] ** 2, 0))
-    return np.column_stack([mean, spread])
+    return mean[:, :-1], spread, mean[:, -1]
 
 
 def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
-    """Cosine, and contrastive loss against other captions and other images."""
+    """Cosine, contrastive loss against other captions and other images, the caption's bits."""
     image, text = view.image[rows].astype(np.float32), view.text[rows].astype(np.float32)
     cosine = (image * text).sum(1)
     clusters = pairs.clusters[rows]
@@ -181,9 +186,14 @@ def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
     result = [cosine]
     own = np.exp(view.scale * (cosine - 1))
     for queries, references in ((image, view.text_references), (text, view.image_references)):
-        powers = np.exp(view.scale * (queries @ references.T - 1))
-        total = own + np.where(others, powers, 0).sum(1)
-        result.append(np.log(total / number) - view.scale * (cosine - 1))
+        logits = view.scale * (queries @ references.T - 1)
+        powers = np.where(others, np.exp(logits), 0)
+        total = powers.sum(1)
+        result.append(np.log((own + total) / number) - view.scale * (cosine - 1))
+    # Of the second pass: how far from uniform the caption's softmax over other images is.
+    total = np.maximum(total, np.finfo(np.float32).tiny)
+    entropy = np.log(total) - (powers * logits).sum(1) / total
+    result.append((np.log(np.maximum(number - 1, 1)) - entropy) / np.log(2))
     return np.stack(result, axis=1)
 
 

@@ -1,20 +1,41 @@
 """Whether a caption belongs to its image: a detector trained on planted mismatches.
 
 Phantoms are pairs of one sample's image and another's caption whose two parts the same proxies
-left out. A classifier learns to tell them from the real pairs by left-out evidence alone. The
+left out, on a ladder of `RUNGS`: the donor is drawn from all samples, or from those whose images
+are most alike. A classifier learns to tell them from the real pairs by left-out evidence alone. The
 real pairs hold some mismatches too; how many is estimated from how far the two can be told apart.
 """
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 
-__all__ = ["DETECTORS", "Detector", "Keys", "draw_donors", "fit_detector", "normalise_caption"]
+__all__ = [
+    "DETECTORS",
+    "REAL",
+    "RUNGS",
+    "Detector",
+    "Keys",
+    "draw_donors",
+    "fit_detector",
+    "normalise_caption",
+]
 
 Array = np.ndarray[Any, Any]
+
+#: Whose captions phantoms are given. A rung of donors with the most similar captions was tried: it
+#: teaches nothing that these do not.
+RUNGS = ("random", "near_image")
+
+#: In place of a rung's number: not a phantom.
+REAL = -1
+
+#: Donors on the harder rung are drawn from so many of the most alike.
+_NEAREST = 5
 
 #: Cross-fitted detectors; none judges a pair whose cluster it was trained on.
 DETECTORS = 5
@@ -35,6 +56,11 @@ _TAILS = (0.3, 0.4, 0.5)
 
 #: Shares below this are not told from none.
 _MIN_SHARE = 1e-4
+
+#: Captions are judged in so many strata of how much they tell, each with a share of its own, as
+#: far as every stratum has so many real pairs: below, its share would be a guess.
+_STRATA = 3
+_STRATUM_PAIRS = 1000
 
 
 def normalise_caption(caption: str) -> str:
@@ -59,7 +85,12 @@ class Keys:
     captions: Array
 
 
-def draw_donors(samples: Keys, bank: Keys, draws: Array) -> Array:
+def draw_donors(
+    samples: Keys,
+    bank: Keys,
+    draws: Array,
+    likeness: Callable[[Array, Array], Array] | None = None,
+) -> Array:
     """Choose whose captions are planted beside each sample's image.
 
     Parameters
@@ -68,6 +99,9 @@ def draw_donors(samples: Keys, bank: Keys, draws: Array) -> Array:
     bank : Keys, B samples
     draws : (N, K) float64, [0, 1)
         Uniform numbers that belong to the samples.
+    likeness : callable, optional
+        How like rows of the samples are to rows of the bank, (n,) and (b,) to (n, b). Donors are
+        then drawn from the `_NEAREST` most alike instead of from all.
 
     Returns
     -------
@@ -81,6 +115,8 @@ def draw_donors(samples: Keys, bank: Keys, draws: Array) -> Array:
         donors = np.flatnonzero(bank.blocks == block)
         fits = bank.clusters[donors] != samples.clusters[rows, None]
         fits &= bank.captions[donors] != samples.captions[rows, None]
+        if likeness is not None:
+            fits = _only_nearest(fits, likeness(rows, donors))
         counts = fits.sum(1)
         # The nth fitting donor of each row, for a uniform n.
         wanted = np.floor(draws[rows] * counts[:, None]).astype(np.int64) + 1
@@ -88,6 +124,15 @@ def draw_donors(samples: Keys, bank: Keys, draws: Array) -> Array:
         for line in np.flatnonzero(counts):
             result[rows[line]] = donors[np.searchsorted(running[line], wanted[line])]
     return result
+
+
+def _only_nearest(fits: Array, likeness: Array) -> Array:
+    """Keep the most alike of each row's fitting columns."""
+    order = np.argsort(np.where(fits, -likeness, np.inf), axis=1, kind="stable")[:, :_NEAREST]
+    nearest = np.zeros_like(fits)
+    np.put_along_axis(nearest, order, True, axis=1)
+    kept: Array = nearest & fits
+    return kept
 
 
 @dataclass(frozen=True)
@@ -100,10 +145,14 @@ class Detector:
         Standardisation of the features.
     weights : (DETECTORS, F) float64
     intercepts : (DETECTORS,) float64
-    calibration : (2,) float64
-        Log-odds of phantom against sound pair are `calibration[0] + calibration[1] * score`.
+    edges : (S - 1,) float64
+        Between the strata of captions.
+    calibration : (S, 2) float64
+        Log-odds of phantom against sound pair are `calibration[:, 0] + calibration[:, 1] * score`.
+    shares : (S,) float64, [0, 1]
+        Estimated share of mismatched pairs among the real ones of each stratum.
     share : float, [0, 1]
-        Estimated share of mismatched pairs among the real ones.
+        The same over all real pairs.
     share_stderr : float
         Its standard error over the folds (delete-a-fold jackknife).
     """
@@ -112,7 +161,9 @@ class Detector:
     spread: Array
     weights: Array
     intercepts: Array
+    edges: Array
     calibration: Array
+    shares: Array
     share: float
     share_stderr: float
 
@@ -133,12 +184,14 @@ class Detector:
         """Score pairs by each detector: (N, DETECTORS) float64, higher is more like a phantom."""
         return _standardise(features, self.centre, self.spread) @ self.weights.T + self.intercepts
 
-    def probabilities(self, features: Array, folds: Array) -> tuple[Array, Array]:
+    def probabilities(self, features: Array, bits: Array, folds: Array) -> tuple[Array, Array]:
         """Tell how likely pairs are mismatched.
 
         Parameters
         ----------
         features : (N, F) float32
+        bits : (N,) floating
+            By which captions fall into strata.
         folds : (N,) int
             The detector that was not trained on the pair's cluster.
 
@@ -149,24 +202,33 @@ class Detector:
         stderr : (N,) float64
             Standard error over the detectors (delete-a-fold jackknife).
         """
-        every = self._calibrate(self.scores(features))
+        every = self._calibrate(self.scores(features), np.searchsorted(self.edges, bits, "right"))
         own = every[np.arange(len(every)), folds]
         deviations = ((every - every.mean(1, keepdims=True)) ** 2).sum(1)
         return own, np.sqrt(deviations * (DETECTORS - 1) / DETECTORS)
 
-    def _calibrate(self, scores: Array) -> Array:
-        odds = np.exp(np.clip(self.calibration[0] + self.calibration[1] * scores, -50, 50))
-        suspect: Array = self.share * odds / (self.share * odds + 1 - self.share)
+    def _calibrate(self, scores: Array, strata: Array) -> Array:
+        offset, slope = self.calibration[strata].T[:, :, None]
+        share = self.shares[strata][:, None]
+        odds = np.exp(np.clip(offset + slope * scores, -50, 50))
+        suspect: Array = share * odds / (share * odds + 1 - share)
         return suspect
 
 
-def fit_detector(features: Array, phantom: Array, folds: Array) -> Detector | None:
+def fit_detector(features: Array, bits: Array, rungs: Array, folds: Array) -> Detector | None:
     """Train the detectors, estimate the share of mismatched pairs, calibrate.
+
+    All phantoms train the classifiers. Only random ones say how many pairs are mismatched and how
+    likely one is: captions go astray at random before they go to a look-alike, and a sound pair is
+    hard to tell from a look-alike's caption, which would be counted as mismatches.
 
     Parameters
     ----------
     features : (N, F) float32
-    phantom : (N,) bool
+    bits : (N,) floating
+        By which captions fall into strata: how far each narrows down the pictures.
+    rungs : (N,) int
+        Place in `RUNGS`; `REAL` for a real pair.
     folds : (N, 2) int, [0, DETECTORS)
         Folds of the clusters of image and caption.
 
@@ -175,9 +237,10 @@ def fit_detector(features: Array, phantom: Array, folds: Array) -> Detector | No
     Detector or None
         None if a fold lacks phantoms or real pairs to learn from.
     """
+    phantom = rungs != REAL
     for fold in range(DETECTORS):
         inside = (folds != fold).all(1)
-        if (inside & phantom).sum() < 2 or (inside & ~phantom).sum() < 2:
+        if (inside & (rungs == 0)).sum() < 2 or (inside & ~phantom).sum() < 2:
             return None
     centre, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     spread = np.where(spread > 1e-9, spread, 1.0)
@@ -187,13 +250,48 @@ def fit_detector(features: Array, phantom: Array, folds: Array) -> Detector | No
     # Real pairs that look like phantoms may be some: the second fit does without them.
     sound = phantom | (scores < np.log(_SUSPECT / (1 - _SUSPECT)))
     weights, intercepts = _cross_fit(inputs, phantom, folds, sound)
-    scores = _own_scores(inputs, weights, intercepts, folds[:, 0])
-    share = _estimate_share(scores, phantom)
-    calibration = _fit_calibration(scores, phantom, share)
-    rest = [folds[:, 0] != fold for fold in range(DETECTORS)]
-    shares = [_estimate_share(scores[rows], phantom[rows]) for rows in rest]
-    error = float(np.sqrt(np.var(shares) * (DETECTORS - 1)))
-    return Detector(centre, spread, weights, intercepts, calibration, share, error)
+    easy = rungs <= 0
+    scores = _own_scores(inputs[easy], weights, intercepts, folds[easy, 0])
+    edges = _cut_strata(bits[easy], phantom[easy])
+    strata = np.searchsorted(edges, bits[easy], "right")
+    shares = _estimate_shares(scores, phantom[easy], strata, len(edges) + 1)
+    calibration = np.stack(
+        [
+            _fit_calibration(scores[strata == place], phantom[easy][strata == place], share)
+            for place, share in enumerate(shares)
+        ]
+    )
+    share, error = _sum_up(scores, phantom[easy], strata, folds[easy, 0], len(shares))
+    return Detector(centre, spread, weights, intercepts, edges, calibration, shares, share, error)
+
+
+def _cut_strata(bits: Array, phantom: Array) -> Array:
+    """Quantiles of the real pairs that part the strata; none where ties leave one too small."""
+    count = int(np.clip((~phantom).sum() // _STRATUM_PAIRS, 1, _STRATA))
+    edges: Array = np.quantile(bits[~phantom], np.arange(1, count) / count)
+    strata = np.searchsorted(edges, bits, "right")
+    sizes = [np.bincount(strata[kind], minlength=count).min() for kind in (phantom, ~phantom)]
+    return edges if min(sizes) >= _STRATUM_PAIRS / 2 else np.zeros(0)
+
+
+def _estimate_shares(scores: Array, phantom: Array, strata: Array, count: int) -> Array:
+    parts = [strata == place for place in range(count)]
+    return np.array([_estimate_share(scores[part], phantom[part]) for part in parts])
+
+
+def _sum_up(
+    scores: Array, phantom: Array, strata: Array, folds: Array, count: int
+) -> tuple[float, float]:
+    """Share over all real pairs, and its standard error by leaving out a fold at a time."""
+
+    def share(rows: Array) -> float:
+        sizes = np.bincount(strata[rows & ~phantom], minlength=count)
+        shares = _estimate_shares(scores[rows], phantom[rows], strata[rows], count)
+        return float(shares @ sizes / sizes.sum())
+
+    rest = [share(folds != fold) for fold in range(DETECTORS)]
+    whole = share(np.ones(len(scores), bool))
+    return whole, float(np.sqrt(np.var(rest) * (DETECTORS - 1)))
 
 
 def _standardise(features: Array, centre: Array, spread: Array) -> Array:

@@ -6,9 +6,12 @@ import numpy as np
 
 from curate.memorization.evidence import highest
 
-__all__ = ["isolation", "rank_scale"]
+__all__ = ["RARE", "isolation", "rank_scale"]
 
 Array = np.ndarray[Any, Any]
+
+#: The rarest fifth counts as rare where rare and common samples are told apart.
+RARE = 0.8
 
 #: Rows per block, always padded to this: a row's floats must not depend on its shard.
 _ROWS = 256

@@ -10,7 +10,9 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from curate import storage
-from curate.memorization.mismatch import Detector, fit_detector
+from curate.memorization.information import score_information
+from curate.memorization.mismatch import REAL, RUNGS, Detector, fit_detector
+from curate.memorization.rarity import RARE
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 from curate.stages.score_clips import (
@@ -29,14 +31,20 @@ from curate.stages.score_evidence import (
     read_features,
     spread_rows,
 )
-from curate.stages.score_inputs import read_plan, read_samples, score_stage
+from curate.stages.score_inputs import commit_phantoms, read_plan, read_samples, score_stage
 from curate.stages.score_proxies import fill_bank, project_shard, train_proxy
 
 __all__ = ["Score"]
 
 Array = np.ndarray[Any, Any]
 
-_COLUMNS = (*ALIGNMENT, "mismatch_probability", "mismatch_probability_stderr", "rarity")
+_COLUMNS = (
+    *ALIGNMENT,
+    "mismatch_probability",
+    "mismatch_probability_stderr",
+    "rarity",
+    "caption_information",
+)
 _MEMORIZATION_COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kind")
 #: What only the proxies trained end to end depend on.
 _CLIP_FIELDS = ("proxy", "clip_epochs", "clip_views")
@@ -46,6 +54,7 @@ class Score(Stage):
     """Alignment under in- and out-proxies, probability of mismatch, rarity."""
 
     name: ClassVar[str] = "score"
+    version: ClassVar[int] = 2
 
     proxy: Literal["heads", "clip"] = Field(
         "heads",
@@ -165,26 +174,29 @@ def _train_detector(room: Room, task: str) -> dict[str, float]:
     table = pa.concat_tables(
         [storage.read_table(room.path("fit", f"{shard}.parquet")) for shard in room.shards()]
     ).sort_by("order")
-    features, phantom = read_features(table), table["phantom"].to_numpy().astype(bool)
+    features = read_features(table)
+    bits, rungs, rarity = (table[n].to_numpy() for n in ("caption_bits", "rung", "rarity"))
     folds = np.stack([table[name].to_numpy() for name in ("fold_image", "fold_text")], axis=1)
-    detector = fit_detector(features, phantom, folds)
-    facts: dict[str, Any] = {"pairs": int((~phantom).sum()), "phantoms": int(phantom.sum())}
-    if detector is None:
-        storage.commit_json(room.path("detector.json"), {"detector": None, "facts": facts})
-        return {"no_phantoms": 1}
-    likely = detector.probabilities(features, folds[:, 0])[0] >= 0.5
-    rare = table["rarity"].to_numpy() >= 0.8
-    facts |= {
-        "share": detector.share,
-        "share_stderr": detector.share_stderr,
-        "phantoms_above_half": _mean(likely[phantom]),
-        "rare_above_half": _mean(likely[~phantom & rare]),
-        "common_above_half": _mean(likely[~phantom & ~rare]),
-    }
-    storage.commit_json(
-        room.path("detector.json"), {"detector": detector.to_json(), "facts": facts}
-    )
-    return {"samples": len(phantom)}
+    detector = fit_detector(features, bits, rungs, folds)
+    real, rare = rungs == REAL, rarity >= RARE
+    facts: dict[str, Any] = {"pairs": int(real.sum()), "phantoms": int((~real).sum())}
+    found: dict[str, Any] = {"typical_bits": float(np.median(bits[real]))}
+    if detector is not None:
+        probability = detector.probabilities(features, bits, folds[:, 0])[0]
+        commit_phantoms(room, rungs[~real], probability[~real])
+        likely = probability >= 0.5
+        facts |= {
+            "share": detector.share,
+            "share_stderr": detector.share_stderr,
+            "phantoms_above_half": {
+                rung: _mean(likely[rungs == place]) for place, rung in enumerate(RUNGS)
+            },
+            "rare_above_half": _mean(likely[real & rare]),
+            "common_above_half": _mean(likely[real & ~rare]),
+        }
+    found |= {"detector": detector.to_json() if detector else None, "facts": facts}
+    storage.commit_json(room.path("detector.json"), found)
+    return {"samples": len(rungs)} if detector else {"no_phantoms": 1}
 
 
 def _mean(values: Array) -> float | None:
@@ -199,12 +211,18 @@ def _write_shard(room: Room, task: str) -> dict[str, float]:
     if read_plan(room).scored:
         evidence = storage.read_table(room.path("evidence", f"{task}.parquet"))
         found = {name: evidence[name] for name in (*ALIGNMENT, "rarity")}
-        saved = storage.read_json(room.path("detector.json"))["detector"]
-        if saved is not None:
-            detector, samples = Detector.from_json(saved), read_samples(room, task)
+        known = storage.read_json(room.path("detector.json"))
+        bits, unique = (
+            evidence[name].to_numpy(zero_copy_only=False)
+            for name in ("caption_bits", "caption_uniqueness")
+        )
+        information = score_information(bits, known["typical_bits"], unique)
+        found["caption_information"] = pa.array(information, pa.float32(), from_pandas=True)
+        if known["detector"] is not None:
+            detector, samples = Detector.from_json(known["detector"]), read_samples(room, task)
             rows = np.flatnonzero(evidence["rarity"].is_valid().to_numpy())
             folds = draw_folds(samples.cluster_codes[rows], score_stage(room).seed)
-            both = detector.probabilities(read_features(evidence)[rows], folds)
+            both = detector.probabilities(read_features(evidence)[rows], bits[rows], folds)
             for name, values in zip(("", "_stderr"), both, strict=True):
                 found[f"mismatch_probability{name}"] = spread_rows(values, rows, len(uids))
     columns = [found.get(field.name, pa.nulls(len(uids), field.type)) for field in schema]

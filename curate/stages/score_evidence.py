@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.memorization.evidence import FEATURES, Pairs, gather_evidence
+from curate.memorization.evidence import EVIDENCE, FEATURES, Pairs, gather_evidence
 from curate.memorization.folds import average, block_masks, hash_unit, split_sides
-from curate.memorization.mismatch import DETECTORS, Keys, draw_donors
+from curate.memorization.mismatch import DETECTORS, REAL, RUNGS, Keys, draw_donors
 from curate.memorization.rarity import isolation, rank_scale
 from curate.stages.base import Room
 from curate.stages.score_inputs import (
@@ -60,7 +60,8 @@ def gather_shard(room: Room, task: str) -> dict[str, float]:
     columns["rarity"] = rank_scale(alone, reference.isolations)
     gather = _Gatherer(room, plan, reference, samples, keys, embedded)
     found = gather.real()
-    columns |= {name: found[:, place] for place, name in enumerate(FEATURES)}
+    columns |= {name: found[:, place] for place, name in enumerate(EVIDENCE)}
+    columns["caption_uniqueness"] = reference.uniqueness(keys.captions)
     table = {"uid": pa.array(everything.uids, pa.string())}
     for name, values in columns.items():
         table[name] = spread_rows(values, rows, len(everything.uids))
@@ -127,10 +128,12 @@ class _Gatherer:
         stage, samples, reference = self._stage, self._samples, self._reference
         chosen = hash_unit(samples.uids, stage.seed, "fit") < self._plan.fit_below
         rows = np.flatnonzero(chosen)
-        tables = [self._fit_rows(rows, real[rows], rarity, rows, self._keys, False)]
-        for number in range(self._plan.phantoms):
+        tables = [self._fit_rows(rows, real[rows], rarity, self._keys.clusters[rows], REAL, 0)]
+        for number in range(self._plan.phantoms * len(RUNGS)):
+            rung = number % len(RUNGS)
             draws = hash_unit(samples.uids, stage.seed, f"phantom {number}")[:, None]
-            donors = draw_donors(self._keys, reference.keys, draws)[:, 0]
+            likeness = self._image_likeness if RUNGS[rung] == "near_image" else None
+            donors = draw_donors(self._keys, reference.keys, draws, likeness)[:, 0]
             paired = np.flatnonzero(chosen & (donors >= 0))
             given = donors[paired]
             texts = [
@@ -141,9 +144,12 @@ class _Gatherer:
             found = self._gather(
                 paired, self._bank.text[given], reference.text[given], texts, keys, given
             )
-            every = np.arange(len(given))
-            tables.append(self._fit_rows(paired, found, rarity, every, keys, True, number))
+            tables.append(self._fit_rows(paired, found, rarity, keys.clusters, rung, number))
         return pa.concat_tables(tables)
+
+    def _image_likeness(self, rows: Array, donors: Array) -> Array:
+        cosines: Array = self._image[rows] @ self._bank.image[donors].T
+        return cosines
 
     def _gather(
         self,
@@ -174,26 +180,19 @@ class _Gatherer:
         return gather_evidence(pairs, self._bank, views, shared)
 
     def _fit_rows(
-        self,
-        rows: Array,
-        found: Array,
-        rarity: Array,
-        donor_rows: Array,
-        donors: Keys,
-        phantom: bool,
-        number: int = 0,
+        self, rows: Array, found: Array, rarity: Array, donors: Array, rung: int, number: int
     ) -> pa.Table:
+        """Rows of the fit: of the images of `rows` beside captions of the clusters `donors`."""
         samples, seed = self._samples, self._stage.seed
         uids = [samples.uids[row] for row in rows]
-        order = hash_unit(uids, seed, f"row {phantom} {number}")
         columns = {
-            "order": pa.array(order),
-            "phantom": pa.array(np.full(len(rows), phantom)),
+            "order": pa.array(hash_unit(uids, seed, f"row {rung} {number}")),
+            "rung": pa.array(np.full(len(rows), rung)),
             "rarity": pa.array(rarity[rows].astype(np.float32)),
             "fold_image": pa.array(draw_folds(self._keys.clusters[rows], seed)),
-            "fold_text": pa.array(draw_folds(donors.clusters[donor_rows], seed)),
+            "fold_text": pa.array(draw_folds(donors, seed)),
         }
-        columns |= {name: pa.array(found[:, place]) for place, name in enumerate(FEATURES)}
+        columns |= {name: pa.array(found[:, place]) for place, name in enumerate(EVIDENCE)}
         return pa.table(columns)
 
 

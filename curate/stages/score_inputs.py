@@ -11,7 +11,8 @@ from curate import storage
 from curate.memorization.concepts import name_images
 from curate.memorization.evidence import Bank, ProxyView
 from curate.memorization.folds import block_masks, draw_blocks, hash_unit
-from curate.memorization.mismatch import Keys, normalise_caption
+from curate.memorization.information import uniqueness
+from curate.memorization.mismatch import RUNGS, Keys, normalise_caption
 from curate.stages.base import Room
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ __all__ = [
     "Samples",
     "SharedSpace",
     "centre",
+    "commit_phantoms",
     "commit_plan",
     "concept_paths",
     "heads_shape",
     "read_heads",
+    "read_phantoms",
     "read_plan",
     "read_reference",
     "read_samples",
@@ -227,6 +230,15 @@ class Reference:
         places = {uid: row for row, uid in enumerate(self.uids)}
         return np.array([places.get(uid, -1) for uid in uids], np.int64)
 
+    def uniqueness(self, captions: Array) -> Array:
+        """Return how far captions are of one cluster's own: see `information.uniqueness`."""
+        pairs = np.unique(np.stack([self.keys.captions, self.keys.clusters], axis=1), axis=0)
+        codes, counts = np.unique(pairs[:, 0], return_counts=True)
+        places = np.minimum(np.searchsorted(codes, captions), len(codes) - 1)
+        # A caption that no reference has is at least that of the asking cluster.
+        sharing = np.where(codes[places] == captions, counts[places], 1)
+        return uniqueness(sharing, len(np.unique(self.keys.clusters)))
+
     def view(self, room: Room, proxy: int, image: Array, text: Array, blocks: Array) -> ProxyView:
         """Return pairs and references under one proxy, for pairs of the given blocks."""
         stage = score_stage(room)
@@ -336,6 +348,21 @@ def heads_shape(plan: Plan) -> "HeadsShape":
     from curate.models.proxy import HeadsShape
 
     return HeadsShape(**plan.shape)
+
+
+def commit_phantoms(room: Room, rungs: Array, probability: Array) -> None:
+    """Write how the detector judges its own phantoms, each by a part that did not train on it."""
+    columns = {"rung": np.array(RUNGS)[rungs].tolist(), "mismatch_probability": probability}
+    storage.commit_table(room.path("phantoms.parquet"), pa.table(columns))
+
+
+def read_phantoms(room: Room) -> tuple[Array, Array] | None:
+    """Read rungs (M,) str and probabilities (M,) float64; None where nothing was scored."""
+    path = storage.join(room.folders["score"], "phantoms.parquet")
+    if not storage.exists(path):
+        return None
+    table = storage.read_table(path)
+    return np.array(table["rung"].to_pylist()), table["mismatch_probability"].to_numpy()
 
 
 def read_heads(room: Room, proxy: int) -> "Heads":

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from curate import storage
 from curate.dedup import groups
+from curate.memorization.mismatch import RUNGS
+from curate.memorization.rarity import RARE
 from curate.schema import COLUMNS, REASONS, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 from curate.stages.dedup import read_edges, shard_starts
+from curate.stages.score_inputs import read_phantoms
 
 __all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
 
@@ -81,6 +84,9 @@ class Select(Stage):
     max_mismatch_rate: float | None = Field(
         None, description="expected share of mismatched pairs among the kept", ge=0, le=1
     )
+    min_caption_information: float | None = Field(
+        None, description="captions that say less are dropped", ge=0, le=1
+    )
     keep_fraction: Fraction | None = Field(
         None, description="keep the best share by a column: {column, fraction, highest}"
     )
@@ -105,13 +111,15 @@ class Select(Stage):
         columns = ["caption", "ingest_reason", "decode_reason", "width", "height", "sha256"]
         if self.max_mismatch_rate is not None:
             columns.append("mismatch_probability")
+        if self.min_caption_information is not None:
+            columns.append("caption_information")
         if self.keep_fraction is not None:
             columns.append(self.keep_fraction.column)
         columns += [bounds.column for bounds in self.thresholds]
         return tuple(dict.fromkeys(columns))
 
     def wants(self) -> tuple[str, ...]:
-        return ("cluster_id", "mismatch_probability", "clip_score")
+        return ("cluster_id", "mismatch_probability", "rarity", "clip_score")
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("select", _DECISION),)
@@ -177,6 +185,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     facts: dict[str, Any] = {}
     if stage.max_mismatch_rate is not None:
         facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
+        facts["mismatch"] |= _calibrate(room, table, eligible, facts["mismatch"]["max_probability"])
         eligible = eligible & ~failed["mismatched"]
     representative, cosine, exact = copies.walk(eligible)
     if room.has("cluster_id"):
@@ -230,6 +239,10 @@ def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> No
 
 
 def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
+    if stage.min_caption_information is not None:
+        with np.errstate(invalid="ignore"):  # NaN where there is no score: `mismatched` neither
+            uninformative = _numbers(table, "caption_information") < stage.min_caption_information
+        failed["caption_uninformative"] = uninformative
     for bounds in stage.thresholds:
         values = _numbers(table, bounds.column)
         low = -math.inf if bounds.min is None else bounds.min
@@ -263,6 +276,26 @@ def _mismatch_rule(
         "expected_rate": float(scored.mean()) if len(scored) else None,
         "unscored": len(kept) - len(scored),
     }
+
+
+def _calibrate(room: Room, table: pa.Table, eligible: Array, limit: float) -> dict[str, Any]:
+    """Tell what the limit does to the detector's phantoms, and to rare and common samples."""
+    phantoms = read_phantoms(room)
+    if phantoms is None:
+        return {}
+    rungs, planted = phantoms
+    probability, rarity = _numbers(table, "mismatch_probability"), _numbers(table, "rarity")
+    scored = eligible & ~np.isnan(probability)
+    dropped = probability > limit
+    return {
+        "phantoms_caught": {rung: _share(planted[rungs == rung] > limit) for rung in RUNGS},
+        "rare_dropped": _share(dropped[scored & (rarity >= RARE)]),
+        "common_dropped": _share(dropped[scored & (rarity < RARE)]),
+    }
+
+
+def _share(values: Array) -> float | None:
+    return round(float(values.mean()), 4) if len(values) else None
 
 
 def mismatch_limit(probability: Array, max_rate: float) -> tuple[float, float | None]:

@@ -1,7 +1,7 @@
 import numpy as np
 
 from curate.memorization.evidence import (
-    FEATURES,
+    EVIDENCE,
     Bank,
     Pairs,
     ProxyView,
@@ -44,7 +44,7 @@ def _oracle(pairs: Pairs, bank: Bank, views: list[ProxyView], row: int) -> dict[
     """The same, one number at a time."""
     result = {}
     seen = [v for v in views if v.left_out[row]]
-    cosines, forth, back = [], [], []
+    cosines, forth, back, bits = [], [], [], []
     for view in seen:
         i, t = view.image[row], view.text[row]
         own = float(i @ t)
@@ -61,7 +61,10 @@ def _oracle(pairs: Pairs, bank: Bank, views: list[ProxyView], row: int) -> dict[
         ):
             logits = view.scale * np.array([own, *(float(query @ references[r]) for r in free)])
             losses.append(np.log(np.mean(np.exp(logits))) - logits[0])
+        chances = np.exp(logits[1:]) / np.exp(logits[1:]).sum()  # the caption's, of other images
+        bits.append(np.log2(len(free)) + (chances * np.log2(chances)).sum())
     if seen:
+        result["caption_bits"] = np.mean(bits)
         result["out_cosine"] = np.mean(cosines)
         result["out_loss_image"], result["out_loss_text"] = np.mean(forth), np.mean(back)
         result["out_cosine_spread"] = np.std(cosines)
@@ -85,11 +88,11 @@ def _oracle(pairs: Pairs, bank: Bank, views: list[ProxyView], row: int) -> dict[
 def test_features_are_what_they_say() -> None:
     pairs, bank, view = _setting()
     found = gather_evidence(pairs, bank, [view])
-    assert found.shape == (30, len(FEATURES))
+    assert found.shape == (30, len(EVIDENCE))
     for row in range(30):
         expected = _oracle(pairs, bank, [view], row)
         for name, value in expected.items():
-            np.testing.assert_allclose(found[row, FEATURES.index(name)], value, atol=2e-4)
+            np.testing.assert_allclose(found[row, EVIDENCE.index(name)], value, atol=2e-4)
 
 
 def test_a_pair_is_not_compared_with_the_samples_it_is_made_of() -> None:

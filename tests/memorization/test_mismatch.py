@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from curate.memorization.mismatch import (
     DETECTORS,
+    REAL,
     Detector,
     Keys,
     draw_donors,
@@ -31,13 +32,22 @@ def _planted(count: int, share: float, apart: float, seed: int = 0):
     return features.astype(np.float32), phantom, folds, wrong, truth
 
 
+def _fit(features: np.ndarray, phantom: np.ndarray, folds: np.ndarray) -> Detector | None:
+    """Fit on phantoms of the first rung, captions all in one stratum."""
+    return fit_detector(features, np.ones(len(features)), np.where(phantom, 0, REAL), folds)
+
+
+def _probabilities(detector: Detector, features: np.ndarray, folds: np.ndarray):
+    return detector.probabilities(features, np.ones(len(features)), folds)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
 def test_share_and_probability_are_recovered(share: float) -> None:
     features, phantom, folds, wrong, truth = _planted(6000, share, 3.0)
-    detector = fit_detector(features, phantom, folds)
+    detector = _fit(features, phantom, folds)
     assert detector is not None
     assert abs(detector.share - share) < 0.02 + 3 * detector.share_stderr
-    probability, stderr = detector.probabilities(features, folds[:, 0])
+    probability, stderr = _probabilities(detector, features, folds[:, 0])
     real = ~phantom
     assert abs(probability[real].mean() - share) < 0.03
     assert abs(probability[real] - truth[real]).mean() < 0.03
@@ -48,16 +58,16 @@ def test_share_and_probability_are_recovered(share: float) -> None:
 
 def test_no_mismatch_is_found_where_there_is_none() -> None:
     features, phantom, folds, _, _ = _planted(4000, 0.0, 4.0)
-    detector = fit_detector(features, phantom, folds)
+    detector = _fit(features, phantom, folds)
     assert detector is not None
-    probability, _ = detector.probabilities(features[~phantom], folds[~phantom, 0])
+    probability, _ = _probabilities(detector, features[~phantom], folds[~phantom, 0])
     assert detector.share < 0.01
     assert (probability > 0.5).mean() < 0.005
 
 
 def test_all_mismatched_is_found_out() -> None:
     features, phantom, folds, _, _ = _planted(2000, 1.0, 3.0)
-    detector = fit_detector(features, phantom, folds)
+    detector = _fit(features, phantom, folds)
     assert detector is not None
     assert detector.share > 0.85
 
@@ -65,26 +75,63 @@ def test_all_mismatched_is_found_out() -> None:
 def test_features_that_say_nothing_give_finite_numbers() -> None:
     _, phantom, folds, _, _ = _planted(500, 0.1, 3.0)
     features = np.zeros((1000, 4), np.float32)
-    detector = fit_detector(features, phantom, folds)
+    detector = _fit(features, phantom, folds)
     assert detector is not None
-    probability, stderr = detector.probabilities(features, folds[:, 0])
+    probability, stderr = _probabilities(detector, features, folds[:, 0])
     assert np.isfinite(probability).all()
     assert np.isfinite(stderr).all()
 
 
+def test_every_stratum_of_captions_has_its_own_share() -> None:
+    parts = [_planted(3000, share, 3.0, seed) for seed, share in enumerate((0.3, 0.02, 0.1))]
+    features, phantom, folds, _, _ = (
+        np.concatenate([part[column] for part in parts]) for column in range(5)
+    )
+    bits = np.repeat([1.0, 2.0, 3.0], 6000)
+    detector = fit_detector(features, bits, np.where(phantom, 0, REAL), folds)
+    assert detector is not None
+    np.testing.assert_allclose(detector.shares, [0.3, 0.02, 0.1], atol=0.03)
+    assert detector.share == pytest.approx(detector.shares.mean(), abs=1e-6)
+    probability, _ = detector.probabilities(features, bits, folds[:, 0])
+    means = [probability[~phantom & (bits == level)].mean() for level in (1, 2, 3)]
+    np.testing.assert_allclose(means, [0.3, 0.02, 0.1], atol=0.03)
+
+
+def test_few_pairs_are_one_stratum() -> None:
+    features, phantom, folds, _, _ = _planted(900, 0.1, 3.0)
+    bits = np.random.default_rng(0).random(len(features))
+    detector = fit_detector(features, bits, np.where(phantom, 0, REAL), folds)
+    assert detector is not None
+    assert len(detector.shares) == 1
+
+
+def test_harder_phantoms_are_not_counted_as_mismatches() -> None:
+    features, phantom, folds, _, _ = _planted(4000, 0.1, 3.0)
+    rng = np.random.default_rng(1)
+    # Look-alikes' captions score like sound pairs: taken for the rule they would make the share 1.
+    score = rng.normal(size=4000)
+    hard = score[:, None] * [1, -1, 2, 0.5] + 0.1 * rng.normal(size=(4000, 4))
+    rungs = np.concatenate([np.where(phantom, 0, REAL), np.ones(4000, int)])
+    every = np.concatenate([features, hard.astype(np.float32)])
+    both = np.concatenate([folds, rng.integers(DETECTORS, size=(4000, 2))])
+    detector = fit_detector(every, np.ones(len(every)), rungs, both)
+    assert detector is not None
+    assert abs(detector.share - 0.1) < 0.03
+
+
 def test_too_few_phantoms_give_no_detector() -> None:
     features, phantom, folds, _, _ = _planted(50, 0.1, 3.0)
-    assert fit_detector(features[~phantom], phantom[~phantom], folds[~phantom]) is None
+    assert _fit(features[~phantom], phantom[~phantom], folds[~phantom]) is None
 
 
 def test_a_detector_survives_json() -> None:
     features, phantom, folds, _, _ = _planted(300, 0.1, 3.0)
-    detector = fit_detector(features, phantom, folds)
+    detector = _fit(features, phantom, folds)
     assert detector is not None
     again = Detector.from_json(json.loads(json.dumps(detector.to_json())))
     for before, after in zip(
-        detector.probabilities(features, folds[:, 0]),
-        again.probabilities(features, folds[:, 0]),
+        _probabilities(detector, features, folds[:, 0]),
+        _probabilities(again, features, folds[:, 0]),
         strict=True,
     ):
         assert np.array_equal(before, after)
@@ -108,9 +155,28 @@ def test_donors_share_the_block_but_neither_cluster_nor_caption() -> None:
     assert set(reached[0]) == set(np.flatnonzero(fits))
 
 
+def test_donors_of_the_harder_rung_are_the_most_alike() -> None:
+    rng = np.random.default_rng(0)
+    bank = Keys(rng.integers(4, size=300), rng.integers(100, size=300), rng.integers(50, size=300))
+    samples = Keys(*(part[:40] for part in vars(bank).values()))
+    likeness = rng.random((40, 300))
+
+    def alike(rows: np.ndarray, donors: np.ndarray) -> np.ndarray:
+        return likeness[rows][:, donors]
+
+    donors = draw_donors(samples, bank, rng.random((40, 200)), alike)
+    for row in range(40):
+        fits = (bank.blocks == samples.blocks[row]) & (bank.clusters != samples.clusters[row])
+        fits &= bank.captions != samples.captions[row]
+        nearest = sorted(np.flatnonzero(fits), key=lambda other: -likeness[row, other])[:5]
+        assert set(donors[row]) == set(nearest)
+
+
 def test_where_all_captions_are_equal_there_are_no_donors() -> None:
     same = Keys(np.zeros(9, int), np.arange(9), np.zeros(9, int))
     assert (draw_donors(same, same, np.full((9, 2), 0.5)) == -1).all()
+    nothing = draw_donors(same, same, np.full((9, 2), 0.5), lambda rows, donors: np.ones((9, 9)))
+    assert (nothing == -1).all()
 
 
 def test_captions_are_compared_without_case_forms_and_space() -> None:

@@ -13,9 +13,11 @@ from sklearn.metrics import roc_auc_score
 
 from curate import storage
 from curate.memorization.folds import draw_masks
+from curate.memorization.mismatch import RUNGS
 from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score import Score
+from curate.stages.score_inputs import read_phantoms
 
 STAGE = Score(proxies=4, epochs=3)
 COUNT = 900
@@ -173,6 +175,34 @@ def test_alignments_are_means_over_the_committed_embeddings() -> None:
             assert table[name][row].as_py() == pytest.approx(value, abs=2e-3)
 
 
+def test_captions_of_many_pictures_say_little_and_are_not_called_wrong(tmp_path: Path) -> None:
+    samples = _make(share=0.0)
+    rng = np.random.default_rng(3)
+    shared = np.isin(samples.clusters, rng.permutation(np.unique(samples.clusters))[:60])
+    samples.captions = [
+        "untitled picture" if alike else caption
+        for alike, caption in zip(shared, samples.captions, strict=True)
+    ]
+    samples.text[shared] = _unit(rng.normal(size=(1, samples.text.shape[1])))
+    table, _ = _run(_room(tmp_path, samples, STAGE, shards=2))
+    information = _column(table, "caption_information")
+    assert ((information >= 0) & (information <= 1)).all()
+    # 60 of some 400 clusters: log(400 / 60) / log(400) is about a third.
+    assert information[shared].max() < 0.4
+    assert np.median(information[~shared]) > 0.8
+    assert (_column(table, "mismatch_probability")[shared] > 0.5).mean() < 0.1
+
+
+def test_phantoms_are_kept_beside_the_scores() -> None:
+    _, room, table, _ = _scored()
+    rungs, probability = read_phantoms(room)
+    assert set(rungs) == set(RUNGS)
+    assert ((probability >= 0) & (probability <= 1)).all()
+    # They are planted anew for every run and never among the samples.
+    real = _column(table, "mismatch_probability")
+    assert np.median(probability[rungs == "random"]) > np.quantile(real, 0.9)
+
+
 def test_what_this_kind_of_proxy_cannot_tell_stays_null() -> None:
     _, _, table, _ = _scored()
     for name in ("memorization_score", "memorization_score_stderr", "memorization_kind"):
@@ -184,7 +214,9 @@ def test_facts_tell_share_losses_and_self_calibration() -> None:
     facts = room.stage.facts(room)
     assert facts["usable"] == COUNT
     assert abs(facts["mismatch"]["share"] - samples.swapped.mean()) < 0.04
-    assert facts["mismatch"]["phantoms_above_half"] > 0.5
+    caught = facts["mismatch"]["phantoms_above_half"]
+    assert caught["random"] > 0.5
+    assert caught["random"] >= caught["near_image"]
     assert len(facts["proxies"]) == 4
     sizes = [proxy["samples"] for proxy in facts["proxies"]]
     assert sizes[0] + sizes[1] == sizes[2] + sizes[3] == COUNT

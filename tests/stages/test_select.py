@@ -27,6 +27,7 @@ ORIGINS = {
     "cluster_id": "dedup",
     "mismatch_probability": "score",
     "rarity": "score",
+    "caption_information": "score",
 }
 Edges = list[tuple[int, int, float]]
 Rows = list[dict[str, Any]]
@@ -51,7 +52,12 @@ def sample(number: int, **columns: Any) -> dict[str, Any]:
 
 
 def run(
-    folder: Path, rows: Rows, edges: Edges | None = None, shards: int = 2, **fields: Any
+    folder: Path,
+    rows: Rows,
+    edges: Edges | None = None,
+    shards: int = 2,
+    phantoms: tuple[list[str], list[float]] | None = None,
+    **fields: Any,
 ) -> tuple[Rows, dict[str, Any]]:
     """Lay rows out as the earlier stages do, run the stage; return decisions and its facts."""
     stage = Select(**fields)
@@ -83,6 +89,9 @@ def run(
             }
         )
         storage.commit_table(room.path("edges", "0.parquet", table="dedup"), content)
+    if phantoms is not None:
+        columns = pa.table({"rung": phantoms[0], "mismatch_probability": phantoms[1]})
+        storage.commit_table(room.path("phantoms.parquet", table="score"), columns)
     for step in stage.steps():
         for task in step.tasks(room):
             step.run(room, task)
@@ -277,6 +286,31 @@ def test_mismatch_rule(tmp_path: Path) -> None:
     # Two equal probabilities stay or go together, even where one alone would fit.
     decisions, _ = run(tmp_path, rows[:6], max_mismatch_rate=0.15)
     assert reasons(decisions) == [None, None, "mismatched", "mismatched", "mismatched", None]
+
+
+def test_the_threshold_is_told_by_phantoms_and_by_rarity(tmp_path: Path) -> None:
+    probabilities = [0.0, 0.0, 0.0, 0.25, 0.5, None, 0.0, 0.75]
+    rarities = [0.1, 0.2, 0.3, 0.9, 0.5, None, 0.8, 0.95]
+    rows = [
+        sample(i, mismatch_probability=p, rarity=r)
+        for i, (p, r) in enumerate(zip(probabilities, rarities, strict=True))
+    ]
+    rows[7]["ingest_reason"] = "caption_missing"  # fails another rule: it has no say
+    phantoms = (["random"] * 4 + ["near_image"] * 2, [0.1, 0.3, 0.9, 1.0, 0.2, 0.26])
+    _, facts = run(tmp_path, rows, phantoms=phantoms, max_mismatch_rate=0.0625)
+    assert facts["mismatch"]["max_probability"] == 0.25
+    assert facts["mismatch"]["phantoms_caught"] == {"random": 0.75, "near_image": 0.5}
+    assert facts["mismatch"]["rare_dropped"] == 0
+    assert facts["mismatch"]["common_dropped"] == 0.25
+
+
+def test_captions_that_say_little_are_dropped_on_demand(tmp_path: Path) -> None:
+    rows = [sample(i, caption_information=v) for i, v in enumerate([0.0, 0.25, 0.5, None, 1.0])]
+    decisions, _ = run(tmp_path, rows, min_caption_information=0.5)
+    low = "caption_uninformative"
+    assert reasons(decisions) == [low, low, None, None, None]
+    decisions, _ = run(tmp_path, rows)
+    assert reasons(decisions) == [None] * 5
 
 
 def test_all_above_the_rate_are_dropped_except_the_unscored(tmp_path: Path) -> None:
