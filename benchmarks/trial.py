@@ -71,6 +71,10 @@ class Corpus:
         _, first = np.unique(self.clusters[order], return_index=True)
         return self.take(np.sort(order[first]))
 
+    def with_clusters(self, clusters: Array) -> "Corpus":
+        """Group the rows otherwise."""
+        return replace(self, clusters=clusters)
+
     def with_captions(self, rows: Array, captions: Array, text: Array) -> "Corpus":
         """Give rows other captions, whose vectors are (len(rows), E)."""
         every, vectors = self.captions.astype(object), self.text.copy()
@@ -95,6 +99,8 @@ class Scored:
         NaN where null.
     evidence, fit : pyarrow.Table
         What the detector judges, and what it was fitted on.
+    embedded : list of ((N, W), (N, W)) float32
+        Images and captions under each proxy, of unit norm up to float16.
     facts : dict
     seconds : float
     """
@@ -102,6 +108,7 @@ class Scored:
     columns: dict[str, Array]
     evidence: pa.Table
     fit: pa.Table
+    embedded: list[tuple[Array, Array]]
     facts: dict[str, Any]
     seconds: float
 
@@ -181,13 +188,24 @@ def run_score(corpus: Corpus, stage: Score) -> Scored:
                 [room.path("fit", f"{shard}.parquet") for shard in room.shards()],
             )
         )
+        embedded = _read_embedded(room, stage.proxies)
         facts = stage.facts(room)
     values = {
         name: columns[name].cast(pa.float64()).to_numpy()
         for name in columns.column_names
         if name != "uid"
     }
-    return Scored(values, evidence, fit, facts, seconds)
+    return Scored(values, evidence, fit, embedded, facts, seconds)
+
+
+def _read_embedded(room: Room, proxies: int) -> list[tuple[Array, Array]]:
+    paths = [room.path("projections", f"{shard}.parquet") for shard in room.shards()]
+    table = pa.concat_tables(map(storage.read_table, paths))
+    sides = [
+        [storage.read_vectors(table[f"{side}_{p}"])[0].astype(np.float32) for p in range(proxies)]
+        for side in ("image", "text")
+    ]
+    return list(zip(*sides, strict=True))
 
 
 def _lay_out(folder: str, corpus: Corpus, stage: Score) -> Room:

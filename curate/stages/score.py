@@ -76,7 +76,7 @@ class Score(Stage):
         500, description="with fewer usable samples all scores are null", ge=20
     )
     max_train_samples: int = Field(
-        100_000, description="samples that one proxy trains on at most, in whole clusters", ge=100
+        100_000, description="samples that one proxy trains on at most, in whole clusters", ge=20
     )
     bank_size: int = Field(
         10_000, description="reference samples in which neighbours are looked for", ge=100

@@ -31,10 +31,10 @@ def _views(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return views[0], views[1]
 
 
-def _train(pairs, recipe: Recipe = Recipe(), seed: int = 0) -> train.Training:  # noqa: B008
+def _train(pairs, recipe: Recipe = Recipe(), seed: int = 0, observe=None) -> train.Training:  # noqa: B008
     fronts = (fit_front(pairs[0], 16), fit_front(pairs[1], 12))
     rows = np.arange(len(pairs[0]))
-    return train_heads(SHAPE, fronts, pairs, np.stack([rows, rows], 1), recipe, seed)
+    return train_heads(SHAPE, fronts, pairs, np.stack([rows, rows], 1), recipe, seed, observe)
 
 
 def _recall(heads: Heads, pairs) -> float:
@@ -71,6 +71,17 @@ def test_training_repeats_itself() -> None:
     assert dump_weights(first.heads) == dump_weights(second.heads)
     assert first.losses == second.losses
     assert dump_weights(first.heads) != dump_weights(other.heads)
+
+
+def test_watching_a_training_leaves_it_as_it_is() -> None:
+    pairs = _views(300)
+    seen: list[np.ndarray] = []
+    watched = _train(pairs, Recipe(epochs=3), 0, lambda h: seen.append(embed_pairs(h, *pairs)[0]))
+    assert len(seen) == 3
+    assert not np.array_equal(seen[0], seen[2])
+    last = embed_pairs(watched.heads, *pairs)[0]
+    assert np.array_equal(seen[2], last)
+    assert np.array_equal(embed_pairs(_train(pairs, Recipe(epochs=3)).heads, *pairs)[0], last)
 
 
 def test_loss_is_that_of_the_definition_and_spares_those_alike() -> None:

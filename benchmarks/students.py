@@ -1,0 +1,103 @@
+"""Models trained on what a filter keeps, and how well they do on pairs that nothing touched."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.trial import Corpus, embed_captions
+from curate.memorization.mismatch import normalise_caption
+from curate.models.proxy import Heads, HeadsShape, embed_pairs
+from curate.models.train import Recipe, fit_front, train_heads
+
+__all__ = ["hits_at", "judge_student", "train_student"]
+
+Array = np.ndarray[Any, Any]
+
+_FRONT_WIDTH = 256
+_RETRIEVED = 10
+
+
+def train_student(
+    corpus: Corpus,
+    rows: Array,
+    epochs: int,
+    seed: int,
+    observe: Callable[[Heads], None] | None = None,
+    hidden: int = 128,
+) -> Heads:
+    """Train heads over the frozen vectors of some pairs, by nothing but these pairs.
+
+    Parameters
+    ----------
+    corpus : Corpus
+    rows : (M,) int
+    epochs, seed : int
+    observe : callable, optional
+        Is shown the heads after every epoch.
+    hidden : int
+        Width of the heads.
+
+    Returns
+    -------
+    Heads
+    """
+    part = corpus.take(rows)
+    captions = [normalise_caption(caption) for caption in part.captions.tolist()]
+    groups = [np.unique(names, return_inverse=True)[1] for names in (part.clusters, captions)]
+    vectors = (part.image, part.text)
+    fronts = (fit_front(part.image, _FRONT_WIDTH), fit_front(part.text, _FRONT_WIDTH))
+    widths = (part.image.shape[1], part.text.shape[1], *(front[1].shape[1] for front in fronts))
+    shape = HeadsShape(*widths, hidden=hidden)
+    codes = np.stack(groups, axis=1).astype(np.int64)
+    return train_heads(shape, fronts, vectors, codes, Recipe(epochs=epochs), seed, observe).heads
+
+
+def hits_at(queries: Array, targets: Array, captions: Array, count: int = _RETRIEVED) -> Array:
+    """Tell whether a right target is among the nearest.
+
+    Parameters
+    ----------
+    queries, targets : (N, W) floating, unit norm
+    captions : (N,) str
+        A target whose pair has an equal caption is right.
+    count : int
+
+    Returns
+    -------
+    (N,) bool
+    """
+    nearest = np.argsort(-(queries @ targets.T), axis=1, kind="stable")[:, :count]
+    found: Array = (captions[nearest] == captions[:, None]).any(1)
+    return found
+
+
+def judge_student(heads: Heads, held: Corpus, rare: Array) -> dict[str, float]:
+    """Measure retrieval both ways and zero-shot classification on held-out pairs.
+
+    Parameters
+    ----------
+    heads : Heads
+    held : Corpus
+    rare : (N,) bool
+
+    Returns
+    -------
+    dict
+        `all`, `rare`, `rest`: R@10, the mean of both ways; `zero_shot`: share of pictures
+        nearest to the name of their own category.
+    """
+    image, text = (part.astype(np.float32) for part in embed_pairs(heads, held.image, held.text))
+    captions = np.array([normalise_caption(caption) for caption in held.captions.tolist()])
+    hits = (hits_at(image, text, captions) + hits_at(text, image, captions).astype(float)) / 2
+    names = np.unique(held.categories)
+    spoken = [str(name).replace("_", " ").lower() for name in names]
+    # Only the texts of the pairs count: the images beside the names are never looked at.
+    named = embed_pairs(heads, held.image[: len(names)], embed_captions(spoken))[1]
+    chosen = names[(image @ named.astype(np.float32).T).argmax(1)]
+    return {
+        "all": float(hits.mean()),
+        "rare": float(hits[rare].mean()),
+        "rest": float(hits[~rare].mean()),
+        "zero_shot": float((chosen == held.categories).mean()),
+    }
