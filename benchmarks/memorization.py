@@ -99,7 +99,8 @@ def measure(
         if epochs == 0:
             return {}
         rows = np.sort(np.argsort(values, kind="stable")[: len(values) - count])
-        heads = train_student(spoilt, rows, round(whole / len(rows)), seed + 100)
+        passes = round(whole / len(rows))
+        heads = train_student(spoilt, planting.fronts, rows, passes, seed + 100)
         return judge_student(heads, held, held_rare)
 
     found: dict[str, Any] = {"nothing": student(np.zeros(len(spoilt)), 0)}
@@ -137,13 +138,19 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        Per method and figure `[mean, standard error]`; `recovered_all`, `recovered_rare`: share of
-        the distance in R@10 between the students of nothing and of the oracle, of the means.
+        Per method and figure `[mean, standard error]`; `gain`, `behind`: in R@10 over nothing and
+        to ours, seed by seed; `recovered_all`, `recovered_rare`: share of the distance in R@10
+        between the students of nothing and of the oracle, of the means.
     """
     methods = {}
     for name in results[0]["methods"]:
         rows = [result["methods"][name] for result in results]
         methods[name] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
+        if "all" in rows[0]:
+            for key, other, sign in (("gain", "nothing", 1), ("behind", "ours", -1)):
+                rivals = [result["methods"][other]["all"] for result in results]
+                pairs = zip(rows, rivals, strict=True)
+                methods[name][key] = _mean([sign * (row["all"] - rival) for row, rival in pairs])
     for part in ("all", "rare") if methods["oracle"].get("all") else ():
         least, most = methods["nothing"][part][0], methods["oracle"][part][0]
         for row in methods.values():
@@ -174,7 +181,8 @@ def _mean(values: list[float]) -> list[float]:
 
 def write_table(title: str, summary: dict[str, Any]) -> str:
     """Lay a summary out as a Markdown table."""
-    columns = ("auroc", "precision", "rare_lost", "common_lost", "all", "rare", "rest", "zero_shot")
+    lost = ("auroc", "precision", "rare_lost", "common_lost")
+    columns = (*lost, "all", "rare", "rest", "zero_shot", "gain", "behind")
     lines = [
         f"{title}: {summary['pairs']} pairs, {summary['planted']} planted, "
         f"{summary['held_out']} held out, {summary['seeds']} seeds",

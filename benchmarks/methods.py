@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.students import train_student
+from benchmarks.students import fit_fronts, train_student
 from benchmarks.trial import Corpus, Scored
 from curate.memorization.folds import draw_masks, hash_unit
 from curate.memorization.metrics import lemon, neg_clip_loss
 from curate.models.proxy import Heads, embed_pairs
-from curate.models.train import fit_front
+from curate.models.train import Front, fit_front
 
 __all__ = ["METHODS", "Planting"]
 
@@ -65,6 +65,11 @@ class Planting:
         return draw_masks(self.corpus.clusters.tolist(), self.proxies, self.seed)
 
     @cached_property
+    def fronts(self) -> tuple[Front, Front]:
+        """What all students see of either modality."""
+        return fit_fronts(self.corpus)
+
+    @cached_property
     def whole(self) -> tuple[list[Array], Array]:
         """Heads trained on all pairs: cosines after each epoch, and their sum of losses."""
         cosines: list[Array] = []
@@ -77,7 +82,7 @@ class Planting:
             losses[:] -= scale * neg_clip_loss(image, text, 1 / scale, rounds=1)
 
         every = np.arange(len(self.corpus))
-        train_student(self.corpus, every, self.epochs, self.seed + 7, observe)
+        train_student(self.corpus, self.fronts, every, self.epochs, self.seed + 7, observe)
         return cosines, losses
 
 
@@ -145,7 +150,8 @@ def _trusted(planting: Planting) -> Array:
     """
     drawn = hash_unit(planting.corpus.clusters.tolist(), planting.seed, "trusted") < _TRUSTED
     rows = np.flatnonzero(drawn & ~planting.planted)
-    heads = train_student(planting.corpus, rows, planting.epochs, planting.seed + 8)
+    seed = planting.seed + 8
+    heads = train_student(planting.corpus, planting.fronts, rows, planting.epochs, seed)
     image, text = _embed(heads, planting.corpus)
     values = -(image * text).sum(1)
     values[rows] = -np.inf

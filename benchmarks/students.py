@@ -8,9 +8,9 @@ import numpy as np
 from benchmarks.trial import Corpus, embed_captions
 from curate.memorization.mismatch import normalise_caption
 from curate.models.proxy import Heads, HeadsShape, embed_pairs
-from curate.models.train import Recipe, fit_front, train_heads
+from curate.models.train import Front, Recipe, fit_front, train_heads
 
-__all__ = ["hits_at", "judge_student", "train_student"]
+__all__ = ["fit_fronts", "hits_at", "judge_student", "train_student"]
 
 Array = np.ndarray[Any, Any]
 
@@ -18,25 +18,29 @@ _FRONT_WIDTH = 256
 _RETRIEVED = 10
 
 
+def fit_fronts(corpus: Corpus) -> tuple[Front, Front]:
+    """Fit what all students of a corpus see of either modality, which no pairing enters."""
+    return fit_front(corpus.image, _FRONT_WIDTH), fit_front(corpus.text, _FRONT_WIDTH)
+
+
 def train_student(
     corpus: Corpus,
+    fronts: tuple[Front, Front],
     rows: Array,
     epochs: int,
     seed: int,
     observe: Callable[[Heads], None] | None = None,
-    hidden: int = 128,
 ) -> Heads:
-    """Train heads over the frozen vectors of some pairs, by nothing but these pairs.
+    """Train heads over the frozen vectors of some pairs.
 
     Parameters
     ----------
     corpus : Corpus
+    fronts : pair of Front
     rows : (M,) int
     epochs, seed : int
     observe : callable, optional
         Is shown the heads after every epoch.
-    hidden : int
-        Width of the heads.
 
     Returns
     -------
@@ -46,9 +50,8 @@ def train_student(
     captions = [normalise_caption(caption) for caption in part.captions.tolist()]
     groups = [np.unique(names, return_inverse=True)[1] for names in (part.clusters, captions)]
     vectors = (part.image, part.text)
-    fronts = (fit_front(part.image, _FRONT_WIDTH), fit_front(part.text, _FRONT_WIDTH))
     widths = (part.image.shape[1], part.text.shape[1], *(front[1].shape[1] for front in fronts))
-    shape = HeadsShape(*widths, hidden=hidden)
+    shape = HeadsShape(*widths)
     codes = np.stack(groups, axis=1).astype(np.int64)
     return train_heads(shape, fronts, vectors, codes, Recipe(epochs=epochs), seed, observe).heads
 

@@ -1,36 +1,13 @@
 """The proof's own arithmetic, on numbers that can be told by eye."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from benchmarks.memorization import group_rows, measure, rare_rows, summarize, write_table
 from benchmarks.methods import METHODS
 from benchmarks.students import hits_at
-from benchmarks.trial import Corpus
 from curate.stages.score import Score
-
-
-def _corpus(count: int, seed: int = 0) -> Corpus:
-    """Pictures and captions as two views of hidden numbers, in twenty kinds."""
-    rng = np.random.default_rng(seed)
-    kinds = rng.integers(20, size=count)
-    hidden = 2 * rng.normal(size=(20, 6))[kinds] + rng.normal(size=(count, 6))
-    # 384 is what the packaged text tower gives the names of categories.
-    image, text = (np.tanh(hidden @ rng.normal(size=(6, width))) for width in (64, 384))
-    return Corpus(
-        np.array([f"{row:032x}" for row in range(count)]),
-        np.array([f"caption {row}" for row in range(count)]),
-        np.array([f"cluster {row}" for row in range(count)]),
-        np.array(["clean"] * count),
-        np.array([f"name {row}" for row in range(count)]),
-        np.array([f"kind {kind}" for kind in kinds]),
-        np.array([f"{row}.png" for row in range(count)]),
-        (image / np.linalg.norm(image, axis=1, keepdims=True)).astype(np.float32),
-        (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32),
-        Path("no concepts"),
-    )
+from tests.benchmarks.corpus import make_corpus
 
 
 def test_a_pair_of_equal_caption_is_a_hit() -> None:
@@ -41,7 +18,7 @@ def test_a_pair_of_equal_caption_is_a_hit() -> None:
 
 
 def test_groups_grow_from_pictures_to_captions() -> None:
-    corpus = _corpus(6)
+    corpus = make_corpus(6)
     corpus = corpus.with_captions(
         np.array([1, 2]), np.array(["Caption 0", "other"]), corpus.text[:2]
     )
@@ -53,7 +30,7 @@ def test_groups_grow_from_pictures_to_captions() -> None:
 
 
 def test_the_rarest_fifth_lies_apart() -> None:
-    corpus = _corpus(300)
+    corpus = make_corpus(300)
     image = corpus.image.copy()
     image[:30] = np.random.default_rng(1).normal(size=(30, 64))
     rare = rare_rows(corpus.with_pictures(np.arange(30), image[:30]))
@@ -62,7 +39,7 @@ def test_the_rarest_fifth_lies_apart() -> None:
 
 
 def test_every_method_beats_chance_and_ours_the_in_sample_cosine() -> None:
-    result = measure(_corpus(1000), "swap", 0.2, Score(proxies=4, seed=1), 3, curve=False)
+    result = measure(make_corpus(1000), "swap", 0.2, Score(proxies=4, seed=1), 3, curve=False)
     found = result["methods"]
     assert set(found) == {"nothing", *METHODS}
     assert result["planted"] == pytest.approx(0.2 * result["pairs"], abs=1)
@@ -88,6 +65,9 @@ def test_the_way_to_the_oracle_is_told_from_means() -> None:
     ours = summary["methods"]["ours"]
     assert ours["all"] == [0.65, 0.05]
     assert ours["recovered_all"] == 0.75
+    assert ours["gain"] == [0.15, 0.05]
+    assert ours["behind"] == [0, 0]
+    assert summary["methods"]["oracle"]["behind"] == [-0.05, 0.05]
     assert np.isnan(ours["recovered_rare"])  # nothing and the oracle are alike there
     assert summary["curve"]["ours"]["50"] == [0.65, 0.05]
     assert "| ours | - | - | - | - | 0.650 ± 0.050 |" in write_table("title", summary)
