@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 
+from benchmarks.emoji import emoji_pairs
 from benchmarks.gimp_help import gimp_help_pairs
 from benchmarks.images import Encoding
 from benchmarks.planting import Shares, plan
 from benchmarks.screening import choose_distinct
 from benchmarks.shards import write_corpus
-from benchmarks.sources import Pair, emoji_pairs, fetch_openclipart, openclipart_pairs
+from benchmarks.sources import Pair, fetch_openclipart, openclipart_pairs
 
 DEFAULT_CACHE = Path("~/.cache/curate-corpora")
 BUNDLED_SAMPLE = Path(__file__).resolve().parents[1] / "curate" / "sample"

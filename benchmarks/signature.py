@@ -4,7 +4,7 @@ The paper's protocol on the pairs of a finished run, drawn by groups that share 
 caption: f trains on shared and candidate pairs, g on shared and independent ones, neither on the
 external. Candidates must score above 0, independents as far below, shared and external about 0.
 A third model, trained on the same pairs as f from another seed, gives the noise floor. Prints one
-JSON line.
+JSON line. `benchmarks.signature_three` does the same for three modalities.
 
 References: Wang et al., MultiMem (arXiv:2606.22220), section on the protocol.
 """
@@ -12,6 +12,9 @@ References: Wang et al., MultiMem (arXiv:2606.22220), section on the protocol.
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from open_clip.model import CLIP
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -27,12 +31,12 @@ from curate.dedup.groups import equal_value_edges
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import read_square
 from curate.memorization.folds import hash_unit
-from curate.memorization.protocol import draw_sets, summarize, training_masks
-from curate.memorization.verdict import coherence
+from curate.memorization.metrics import multimem
+from curate.memorization.protocol import SETS, draw_sets, summarize, training_masks
 from curate.models.clip_proxy import (
     ClipShape,
     choose_words,
-    embed_views,
+    embed_view,
     fold_tokens,
     pick_dtype,
     tokenize,
@@ -40,9 +44,47 @@ from curate.models.clip_proxy import (
 from curate.models.precision import pick_device
 from curate.models.train_clip import ClipRecipe, train_clip
 
-_IMAGE_PX = 64
+IMAGE_PX = 64
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of two or more modalities: pictures, then captions.
+
+    Parameters
+    ----------
+    modalities : sequence of str, length I + T
+        Their names.
+    pixels : (I, N, 3, S, S) uint8
+    tokens : (T, N, L) int64
+        Of the folded vocabulary.
+    words : int
+        Of that vocabulary.
+    groups : list of str, length N
+        What must not lie in two sets.
+    """
+
+    modalities: Sequence[str]
+    pixels: Array
+    tokens: Array
+    words: int
+    groups: list[str]
+
+    @property
+    def codes(self) -> Array:
+        """(N, 1) int64: samples of one group are not each other's negatives."""
+        return np.unique(self.groups, return_inverse=True)[1][:, None].astype(np.int64)
+
+
+def make_samples(
+    modalities: Sequence[str], pixels: Array, captions: Sequence[list[str]], groups: list[str]
+) -> Samples:
+    """Give captions of all languages, T lists of length N, one vocabulary."""
+    tokens = np.stack([tokenize(part) for part in captions])
+    words = choose_words(Counter(tokens.ravel().tolist()))
+    return Samples(modalities, pixels, fold_tokens(tokens, words), len(words), groups)
 
 
 def read_pairs(out: Path, limit: int) -> pa.Table:
@@ -56,14 +98,105 @@ def read_pairs(out: Path, limit: int) -> pa.Table:
     return table.take(pa.array(order[:limit]))
 
 
-def group_pairs(table: pa.Table) -> list[str]:
-    """Name the groups of pairs that share a cluster or a caption, directly or by others."""
-    count = len(table)
-    columns = [np.array(table[n].to_pylist(), dtype=str) for n in ("cluster_id", "caption")]
-    edges = [equal_value_edges(column, np.ones(count, bool)) for column in columns]
-    first, other = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+def join_groups(
+    columns: Sequence[Sequence[str]], edges: tuple[Array, Array] | None = None
+) -> list[str]:
+    """Name the groups of rows that share a column's value or an edge, directly or by others."""
+    count = len(columns[0])
+    arrays = [np.array(column, dtype=str) for column in columns]
+    every = [equal_value_edges(array, np.ones(count, bool)) for array in arrays]
+    every += [] if edges is None else [edges]
+    first, other = (np.concatenate(ends) for ends in zip(*every, strict=True))
     graph = coo_matrix((np.ones(len(first)), (first, other)), shape=(count, count))
     return [str(label) for label in connected_components(graph, directed=False)[1]]
+
+
+def embed(model: CLIP, samples: Samples, views: int, dtype: str) -> list[Array]:
+    """Return every modality's unit vectors: (views, N, D) float32 of pictures, (N, D) of captions.
+
+    Towers take pictures and captions together, so that of the scarcer kind the first is repeated.
+    """
+    images: list[Array] = []
+    texts: list[Array] = []
+    for pixels, tokens in zip_longest(samples.pixels, samples.tokens):
+        whole = samples.pixels[0] if pixels is None else pixels
+        words = samples.tokens[0] if tokens is None else tokens
+        found = [embed_view(model, whole, words, view, dtype) for view in range(views)]
+        images.append(np.stack([image for image, _ in found]))
+        texts.append(found[0][1])
+    return images[: len(samples.pixels)] + texts[: len(samples.tokens)]
+
+
+def judge(samples: Samples, recipe: ClipRecipe, views: int, seed: int) -> dict[str, Any]:
+    """Train f, g and f again, and report the measure by set."""
+    groups = samples.groups
+    sets = draw_sets(groups, len(groups) // 2, len(groups) // 8, seed)
+    # Half of the external samples are the unrelated ones that agreement is measured against.
+    external = np.flatnonzero(sets == "external")
+    held_out = external[hash_unit([groups[row] for row in external], seed, "held out") < 0.5]
+    judged = np.setdiff1d(np.arange(len(groups)), held_out)
+    device, losses = pick_device(), []
+
+    def fit(inside: Array, number: int) -> list[Array]:
+        """Embeddings of all samples under a model that trained on those inside."""
+        trained = train_clip(
+            ClipShape(samples.words, image_px=IMAGE_PX),
+            samples.pixels[:, inside],
+            samples.tokens[:, inside],
+            samples.codes[inside],
+            recipe,
+            seed * 1000 + number,
+            device,
+        )
+        losses.append(round(trained.losses[-1], 4))
+        click.echo(f"model {number}: loss {losses[-1]} of chance", err=True)
+        return embed(trained.model, samples, views, recipe.dtype)
+
+    in_mask, out_mask = training_masks(sets)
+    f, g, again = fit(in_mask, 0), fit(out_mask, 1), fit(in_mask, 2)
+
+    def score(one: list[Array], other: list[Array], form: Any = "raw") -> Array:
+        first, second = ([part[..., judged, :] for part in parts] for parts in (one, other))
+        rest, others = ([part[..., held_out, :] for part in parts] for parts in (one, other))
+        return multimem(first, second, rest, others, form)
+
+    where, scores, noise = sets[judged], score(f, g), score(f, again)
+    summary = summarize(scores, where, np.array(groups)[judged].tolist())
+    numbers = range(len(samples.modalities))
+    return {
+        "modalities": list(samples.modalities),
+        "samples": len(groups),
+        "groups": len(set(groups)),
+        "last_losses": losses,
+        "correct": summary.correct,
+        "sets": {
+            name: {key: _plain(value) for key, value in vars(one).items()}
+            for name, one in summary.sets.items()
+        },
+        "forms": {
+            form: _means(score(f, g, form), where) for form in ("raw", "pair_mean", "per_modality")
+        },
+        "pairs": {
+            " x ".join(samples.modalities[m] for m in pair): _means(
+                score([f[m] for m in pair], [g[m] for m in pair]), where
+            )
+            for pair in combinations(numbers, 2)
+        },
+        "noise_floor": {"all": _spread(noise), "candidate": _spread(noise[where == "candidate"])},
+        "candidate_standard_deviation": _plain(scores[where == "candidate"].std()),
+    }
+
+
+def _means(scores: Array, sets: Array) -> dict[str, float]:
+    return {name: _plain(scores[sets == name].mean()) for name in SETS}
+
+
+def _spread(scores: Array) -> dict[str, float]:
+    return {"mean": _plain(scores.mean()), "standard_deviation": _plain(scores.std())}
+
+
+def _plain(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float | np.floating) else value
 
 
 @click.command()
@@ -77,64 +210,13 @@ def main(out: Path, limit: int, epochs: int, views: int, seed: int) -> None:
     keep_freed_memory()
     begun = time.monotonic()
     table = read_pairs(out, limit)
-    groups = group_pairs(table)
-    sets = draw_sets(groups, len(table) // 2, len(table) // 8, seed)
-    pixels = np.stack([read_square(data, _IMAGE_PX) for data in table["thumbnail"].to_pylist()])
-    tokens = tokenize(table["caption"].to_pylist())
-    words = choose_words(Counter(tokens.ravel().tolist()))
-    tokens = fold_tokens(tokens, words)
-    codes = np.unique(groups, return_inverse=True)[1][:, None].astype(np.int64)
-    device = pick_device()
-    recipe = ClipRecipe(epochs=epochs, dtype=pick_dtype(device))
-    # Half of the external pairs are the unrelated ones that coherence is measured against.
-    external = np.flatnonzero(sets == "external")
-    uniform = hash_unit([groups[row] for row in external], seed, "held out")
-    held_out = external[uniform < 0.5]
-    judged = np.setdiff1d(np.arange(len(table)), held_out)
-
-    def measure(inside: Array, number: int) -> tuple[Array, list[float]]:
-        """Coherence of the judged pairs under a model that trained on the pairs inside."""
-        trained = train_clip(
-            ClipShape(len(words), image_px=_IMAGE_PX),
-            pixels[inside],
-            tokens[inside],
-            codes[inside],
-            recipe,
-            seed * 1000 + number,
-            device,
-        )
-        image, text, alignment = embed_views(trained.model, pixels, tokens, views, recipe.dtype)
-        unrelated = (image[held_out] + text[held_out]).mean(0)
-        values = coherence(alignment[judged], image[judged], text[judged], unrelated)
-        return values, trained.losses
-
-    in_mask, out_mask = training_masks(sets)
-    under_f, losses = measure(in_mask, 0)
-    scores = under_f - measure(out_mask, 1)[0]
-    noise = under_f - measure(in_mask, 2)[0]
-    names = np.array(groups)[judged]
-    summary = summarize(scores, sets[judged], names.tolist())
-    report = {
-        "pairs": len(table),
-        "epochs": epochs,
-        "last_loss": round(losses[-1], 3),
-        "correct": summary.correct,
-        "sets": {
-            name: {key: _plain(value) for key, value in vars(one).items()}
-            for name, one in summary.sets.items()
-        },
-        "noise_floor": {
-            "mean": round(float(noise.mean()), 4),
-            "standard_deviation": round(float(noise.std()), 4),
-        },
-        "candidate_standard_deviation": round(float(scores[sets[judged] == "candidate"].std()), 4),
-        "seconds": round(time.monotonic() - begun, 1),
-    }
-    click.echo(json.dumps(report))
-
-
-def _plain(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float | np.floating) else value
+    captions = table["caption"].to_pylist()
+    groups = join_groups([table["cluster_id"].to_pylist(), captions])
+    pixels = np.stack([read_square(data, IMAGE_PX) for data in table["thumbnail"].to_pylist()])
+    samples = make_samples(("image", "caption"), pixels[None], [captions], groups)
+    recipe = ClipRecipe(epochs=epochs, dtype=pick_dtype(pick_device()))
+    report = judge(samples, recipe, views, seed)
+    click.echo(json.dumps({**report, "seconds": round(time.monotonic() - begun, 1)}))
 
 
 if __name__ == "__main__":

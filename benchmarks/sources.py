@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import unicodedata
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 OPENCLIPART_PACKAGES = ("openclipart-png", "openclipart-svg")
-EMOJI_VENDORS = ("google", "twitter")
-EMOJI_VERSION = "16.0.0"
-
-SKIN_TONES = {
-    "1F3FB": "light skin tone",
-    "1F3FC": "medium-light skin tone",
-    "1F3FD": "medium skin tone",
-    "1F3FE": "medium-dark skin tone",
-    "1F3FF": "dark skin tone",
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,28 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _fetch(pattern: str, command: list[str], cache: Path) -> Path:
+def fetch_package(pattern: str, command: list[str], cache: Path) -> Path:
+    """Download a package by its ordinary client unless the cache has it.
+
+    Parameters
+    ----------
+    pattern
+        What the package file's name looks like.
+    command
+        What leaves it in the working folder.
+    cache
+        Folder for the package.
+
+    Returns
+    -------
+    Path
+        The package file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the command leaves no such file.
+    """
     found = sorted(cache.glob(pattern))
     if not found:
         cache.mkdir(parents=True, exist_ok=True)
@@ -118,7 +126,7 @@ def unpacked(name: str, packages: Sequence[str], cache: Path) -> Path:
     root = cache / name
     if not root.exists():
         debs = [
-            _fetch(f"{package}_*.deb", ["apt-get", "download", package], cache)
+            fetch_package(f"{package}_*.deb", ["apt-get", "download", package], cache)
             for package in packages
         ]
         # Unpacked aside and renamed, so that an interrupted run leaves no partial corpus.
@@ -235,65 +243,4 @@ def openclipart_pairs(root: Path) -> list[Pair]:
                 image=image,
             )
         )
-    return pairs
-
-
-def _emoji_variants(entry: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    name = entry["name"].lower()
-    yield entry, name
-    for code, variant in sorted(entry.get("skin_variations", {}).items()):
-        tones = dict.fromkeys(SKIN_TONES[part] for part in code.split("-"))
-        yield variant, ", ".join([name, *tones])
-
-
-def _emoji_vendor_pairs(package: Path, vendor: str) -> list[Pair]:
-    folder = f"img/{vendor}/64"
-    images: dict[str, bytes] = {}
-    entries: list[dict[str, Any]] = []
-    with tarfile.open(package) as archive:
-        for member in archive:
-            path = member.name.removeprefix("package/")
-            if path != "emoji.json" and not path.startswith(folder + "/"):
-                continue
-            content = archive.extractfile(member)
-            if content is None:
-                continue
-            if path == "emoji.json":
-                entries = json.load(content)
-            else:
-                images[path] = content.read()
-    return [
-        Pair(
-            url=f"emoji:/{folder}/{variant['image']}",
-            caption=caption,
-            title=entry["name"].lower(),
-            name_group=normalise(entry["name"]),
-            category=entry["category"],
-            image=images[f"{folder}/{variant['image']}"],
-        )
-        for entry in entries
-        for variant, caption in _emoji_variants(entry)
-        if variant[f"has_img_{vendor}"]
-    ]
-
-
-def emoji_pairs(cache: Path) -> list[Pair]:
-    """Read the emoji pairs, downloading their packages unless the cache has them.
-
-    Parameters
-    ----------
-    cache
-        Folder for the packages.
-
-    Returns
-    -------
-    list of Pair
-        All emoji of both vendors, skin tones included.
-    """
-    pairs = []
-    for vendor in EMOJI_VENDORS:
-        name = f"emoji-datasource-{vendor}"
-        command = ["npm", "pack", "--silent", f"{name}@{EMOJI_VERSION}"]
-        package = _fetch(f"{name}-{EMOJI_VERSION}.tgz", command, cache)
-        pairs.extend(_emoji_vendor_pairs(package, vendor))
     return pairs

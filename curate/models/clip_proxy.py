@@ -26,6 +26,7 @@ __all__ = [
     "GroupedClipLoss",
     "build_clip",
     "choose_words",
+    "embed_view",
     "embed_views",
     "encode",
     "fold_tokens",
@@ -205,10 +206,10 @@ def encode(model: CLIP, pixels: Tensor, tokens: Tensor, dtype: str) -> tuple[Ten
     return image, text
 
 
-def embed_views(
-    model: CLIP, pixels: Array, tokens: Array, views: int, dtype: str
-) -> tuple[Array, Array, Array]:
-    """Put pairs into a proxy's joint space, the images seen in several views.
+def embed_view(
+    model: CLIP, pixels: Array, tokens: Array, view: int, dtype: str
+) -> tuple[Array, Array]:
+    """Put pairs into a proxy's joint space, the images seen in one view.
 
     Parameters
     ----------
@@ -216,17 +217,13 @@ def embed_views(
         In evaluation mode.
     pixels : (N, 3, S, S) uint8
     tokens : (N, CONTEXT) int64
-    views : int
-        K, at most `MAX_VIEWS`.
+    view : int
+        Below `MAX_VIEWS`; 0 is the whole picture.
     dtype : str
 
     Returns
     -------
-    image : (N, width) float32
-        Mean over views of the unit vectors.
-    text : (N, width) float32, unit norm
-    alignment : (N,) float32, [-1, 1]
-        Mean over views of the pair's cosine.
+    image, text : (N, width) float32, unit norm
     """
     width = model.text_projection.shape[1]
     image, text = (np.empty((len(pixels), width), np.float32) for _ in range(2))
@@ -236,14 +233,37 @@ def embed_views(
         count = min(_BATCH, len(pixels) - start)
         whole = torch.from_numpy(pixels[rows]).to(device).float()
         ids = torch.from_numpy(tokens[rows]).to(device)
-        total = torch.zeros(_BATCH, width, device=device)
         with torch.inference_mode():
-            for view in range(views):
-                seen = normalise_pixels(_crop(whole, *_VIEWS[view]))
-                one, words = encode(model, seen, ids, dtype)
-                total += one / views
-        image[start : start + count] = total.cpu().numpy()[:count]
-        text[start : start + count] = words.cpu().numpy()[:count]
+            sides = encode(model, normalise_pixels(_crop(whole, *_VIEWS[view])), ids, dtype)
+        for result, side in zip((image, text), sides, strict=True):
+            result[start : start + count] = side.cpu().numpy()[:count]
+    return image, text
+
+
+def embed_views(
+    model: CLIP, pixels: Array, tokens: Array, views: int, dtype: str
+) -> tuple[Array, Array, Array]:
+    """Put pairs into a proxy's joint space, the images seen in the first `views` views.
+
+    Parameters
+    ----------
+    model, pixels, tokens, dtype
+        See `embed_view`.
+    views : int
+        K, from 1 to `MAX_VIEWS`.
+
+    Returns
+    -------
+    image : (N, width) float32
+        Mean over views of the unit vectors.
+    text : (N, width) float32, unit norm
+    alignment : (N,) float32, [-1, 1]
+        Mean over views of the pair's cosine.
+    """
+    image = np.zeros((len(pixels), model.text_projection.shape[1]), np.float32)
+    for view in range(views):
+        one, text = embed_view(model, pixels, tokens, view, dtype)
+        image += one / views
     return image, text, (image * text).sum(1)
 
 

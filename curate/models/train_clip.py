@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,10 @@ def train_clip(
     Parameters
     ----------
     shape : ClipShape
-    pixels : (N, 3, S, S) uint8
-    tokens : (N, CONTEXT) int64
+    pixels : (N, 3, S, S) or (I, N, 3, S, S) uint8
+        One picture of each sample, or I: each a modality of its own, all through one tower.
+    tokens : (N, CONTEXT) or (T, N, CONTEXT) int64
+        One caption of each sample, or T, as above.
     groups : (N, G) int64
         Rows that share an entry of any column are not each other's negatives.
     recipe : ClipRecipe
@@ -104,7 +107,10 @@ def train_clip(
     Returns
     -------
     ClipTraining
+        Trained on the mean of the contrastive losses of all pairs of modalities.
     """
+    pixels = pixels if pixels.ndim == 5 else pixels[None]
+    tokens = tokens if tokens.ndim == 3 else tokens[None]
     with torch_threads(1):
         for attempt in range(RETRIES + 1):
             torch.manual_seed(seed + attempt * 1_000_003)
@@ -122,19 +128,23 @@ def train_clip(
 def _fit(
     model: CLIP, pixels: Array, tokens: Array, groups: Array, recipe: ClipRecipe
 ) -> list[float]:
-    """Train in place; see `fit_contrastive`."""
+    """Train in place on (I, N, 3, S, S) and (T, N, CONTEXT); see `fit_contrastive`."""
     device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
 
     def loss_of(rows: Tensor, alike: Tensor) -> Tensor:
-        seen = _augment(torch.from_numpy(pixels[rows.numpy()])).to(device)
-        words = _drop_tokens(torch.from_numpy(tokens[rows.numpy()])).to(device)
-        image, text = encode(model, normalise_pixels(seen), words, recipe.dtype)
+        chosen = rows.numpy()
+        pictures, captions = (np.concatenate(part[:, chosen]) for part in (pixels, tokens))
+        seen = _augment(torch.from_numpy(pictures)).to(device)
+        words = _drop_tokens(torch.from_numpy(captions)).to(device)
+        sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
         _limit_scale(model)
-        loss: Tensor = GroupedClipLoss(alike.to(device))(image, text, model.logit_scale.exp())
-        return loss
+        measure, scale = GroupedClipLoss(alike.to(device)), model.logit_scale.exp()
+        modalities = [part for side in sides for part in side.view(-1, len(rows), side.shape[1])]
+        losses = [measure(one, other, scale) for one, other in combinations(modalities, 2)]
+        return torch.stack(losses).mean()
 
     model.train()
     losses = fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of)

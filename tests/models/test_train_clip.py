@@ -188,3 +188,50 @@ def test_dropped_tokens_are_words() -> None:
 def test_an_empty_vocabulary_has_nothing_to_drop() -> None:
     tokens = torch.tensor([[2, 1, 1, 3, 0], [2, 3, 0, 0, 0]]).repeat(50, 1)
     assert torch.equal(module._drop_tokens(tokens), tokens)
+
+
+@cache
+def _trained_three() -> ClipTraining:
+    pixels, tokens, groups = _squares(192)
+    both = np.stack([pixels, 255 - pixels])
+    recipe = ClipRecipe(epochs=15, batch=32, dtype="float32", learning_rate=2e-3)
+    return train_clip(SHAPE, both, tokens, groups, recipe, 0, "cpu")
+
+
+def test_two_pictures_and_a_caption_share_a_space() -> None:
+    training = _trained_three()
+    assert training.losses[-1] < 0.7 < 0.9 < training.losses[0]
+    pixels, tokens, _ = _squares(192)
+    parts = [
+        embed_views(training.model, side, tokens, 1, "float32") for side in (pixels, 255 - pixels)
+    ]
+    for image, text in (
+        (parts[0][0], parts[0][1]),
+        (parts[1][0], parts[1][1]),
+        (parts[0][0], parts[1][0]),
+    ):
+        assert (image * text).sum(1).mean() > (np.roll(image, 1, 0) * text).sum(1).mean() + 0.2
+
+
+def test_a_stack_of_one_is_as_good_as_none() -> None:
+    pixels, tokens, groups = _squares(64)
+    recipe = ClipRecipe(epochs=2, batch=32, dtype="float32")
+    stacked = train_clip(SHAPE, pixels[None], tokens[None], groups, recipe, 0, "cpu")
+    assert dump_weights(stacked.model) == dump_weights(_train(64).model)
+    assert stacked.losses == _train(64).losses
+
+
+def test_the_loss_is_the_mean_over_pairs_of_modalities() -> None:
+    pixels, tokens, groups = _squares(64)
+    recipe = ClipRecipe(epochs=1, batch=32, dtype="float32", learning_rate=0.0)
+    for pictures, captions in ((1, 2), (3, 1), (2, 2)):
+        many = train_clip(
+            SHAPE,
+            np.stack([pixels] * pictures),
+            np.stack([tokens] * captions),
+            groups,
+            recipe,
+            0,
+            "cpu",
+        )
+        assert many.losses[0] == pytest.approx(1, abs=0.35)  # chance, whatever their number
