@@ -12,6 +12,9 @@ _ODDITIES = {
     "unreadable_tables": "tables beside tars could not be read and were left out",
 }
 
+#: Above this estimated share real pairs are hardly told from planted ones.
+_NEARLY_ALL = 0.9
+
 _PLACES = (
     ("Pictures", "report/index.html"),
     ("Decisions", "decisions"),
@@ -87,11 +90,22 @@ def _describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[st
             f"Estimated share of mismatched captions: {detector['share']:.1%} "
             f"(± {1.96 * detector['share_stderr']:.1%})"
         )
-    mismatch = facts.get("select", {}).get("mismatch")
+    if (detector.get("share") or 0) > _NEARLY_ALL:
+        lines.append(
+            "Warning: captions look as if drawn at random: either nearly all are wrong, or the "
+            "encoder cannot tell these pictures or captions apart"
+        )
+    selected = facts.get("select", {})
+    mismatch = selected.get("mismatch")
     if mismatch and mismatch["expected_rate"] is not None:
         lines.append(f"Expected among the kept: {mismatch['expected_rate']:.1%}")
     if mismatch and mismatch.get("phantoms_caught"):
         lines.append(_describe_calibration(mismatch))
+    if mismatch and mismatch["max_probability"] < 0 and selected["failed"]["mismatched"]:
+        lines.append(
+            "Warning: no sample is sure enough for select.max_mismatch_rate: all that have a score "
+            "were dropped"
+        )
     if mismatch and mismatch["unscored"]:
         lines.append(f"Warning: {mismatch['unscored']} samples have no score and were not judged")
     return lines

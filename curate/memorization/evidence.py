@@ -27,6 +27,9 @@ _NEIGHBOURS = 10
 #: as 150 unrelated samples. Within .07 to .15 nothing changed by more than its noise.
 _KERNEL_WIDTH = 0.1
 
+#: Scales up to this keep powers of cosines within float32: exp(-2 x 40) is 1e-35.
+_MAX_FLOAT32_SCALE = 40.0
+
 _PROXY_FEATURES = ("cosine", "loss_image", "loss_text")
 _SIDE_FEATURES = ("best", "best_five", "nearest")
 
@@ -184,14 +187,15 @@ def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
     others &= view.captions != pairs.captions[rows][:, None]
     number = others.sum(1) + 1
     result = [cosine]
-    own = np.exp(view.scale * (cosine - 1))
+    kind: Any = np.float32 if view.scale <= _MAX_FLOAT32_SCALE else np.float64
+    own = np.exp(view.scale * (cosine.astype(kind) - 1))
     for queries, references in ((image, view.text_references), (text, view.image_references)):
-        logits = view.scale * (queries @ references.T - 1)
+        logits = view.scale * ((queries @ references.T).astype(kind, copy=False) - 1)
         powers = np.where(others, np.exp(logits), 0)
         total = powers.sum(1)
         result.append(np.log((own + total) / number) - view.scale * (cosine - 1))
     # Of the second pass: how far from uniform the caption's softmax over other images is.
-    total = np.maximum(total, np.finfo(np.float32).tiny)
+    total[number == 1] = 1  # no other image: nothing to narrow down, no bits
     entropy = np.log(total) - (powers * logits).sum(1) / total
     result.append((np.log(np.maximum(number - 1, 1)) - entropy) / np.log(2))
     return np.stack(result, axis=1)

@@ -12,6 +12,9 @@ __all__ = ["score_information", "uniqueness"]
 
 Array = np.ndarray[Any, Any]
 
+#: Typical bits below this are rounding; what is measured by them would be too.
+_LEAST_BITS = 1e-3
+
 
 def uniqueness(sharing: Array, clusters: int) -> Array:
     """Information in a caption if pictures that share it cannot be told apart by it.
@@ -49,5 +52,5 @@ def score_information(bits: Array, typical: float, unique: Array) -> Array:
     (N,) float64, [0, 1]
         The lower of both, the bits in units of the typical. Higher says more.
     """
-    relative = np.clip(bits / max(typical, 1e-6), 0, 1)
+    relative = np.clip(bits / max(typical, _LEAST_BITS), 0, 1)
     return np.minimum(relative, unique)

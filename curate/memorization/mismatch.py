@@ -50,6 +50,10 @@ _CLIP = 5.0
 #: Real pairs above this probability of being a phantom sit out the second fit.
 _SUSPECT = 0.7
 
+#: Real pairs and random phantoms that each detector needs: with ten real ones, where all others lay
+#: in one cluster, a fifth of the sound pairs was called mismatched.
+_LEAST_PAIRS = 20
+
 _NEWTON_ROUNDS = 30
 #: Shares of the phantoms, from the top, at which real pairs are counted to estimate the share.
 _TAILS = (0.3, 0.4, 0.5)
@@ -154,7 +158,7 @@ class Detector:
     share : float, [0, 1]
         The same over all real pairs.
     share_stderr : float
-        Its standard error over the folds (delete-a-fold jackknife).
+        Its standard error over the folds (delete-a-fold jackknife), at least what one pair counts.
     """
 
     centre: Array
@@ -235,12 +239,12 @@ def fit_detector(features: Array, bits: Array, rungs: Array, folds: Array) -> De
     Returns
     -------
     Detector or None
-        None if a fold lacks phantoms or real pairs to learn from.
+        None if a fold leaves too few phantoms or real pairs to learn from.
     """
     phantom = rungs != REAL
     for fold in range(DETECTORS):
         inside = (folds != fold).all(1)
-        if (inside & (rungs == 0)).sum() < 2 or (inside & ~phantom).sum() < 2:
+        if min((inside & (rungs == 0)).sum(), (inside & ~phantom).sum()) < _LEAST_PAIRS:
             return None
     centre, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     spread = np.where(spread > 1e-9, spread, 1.0)
@@ -282,7 +286,10 @@ def _estimate_shares(scores: Array, phantom: Array, strata: Array, count: int) -
 def _sum_up(
     scores: Array, phantom: Array, strata: Array, folds: Array, count: int
 ) -> tuple[float, float]:
-    """Share over all real pairs, and its standard error by leaving out a fold at a time."""
+    """Share over all real pairs, and its standard error by leaving out a fold at a time.
+
+    Where all folds meet a bound of the share they agree, but no count is surer than to one pair.
+    """
 
     def share(rows: Array) -> float:
         sizes = np.bincount(strata[rows & ~phantom], minlength=count)
@@ -291,7 +298,8 @@ def _sum_up(
 
     rest = [share(folds != fold) for fold in range(DETECTORS)]
     whole = share(np.ones(len(scores), bool))
-    return whole, float(np.sqrt(np.var(rest) * (DETECTORS - 1)))
+    one_pair = 1 / ((~phantom).sum() * max(_TAILS))
+    return whole, float(max(np.sqrt(np.var(rest) * (DETECTORS - 1)), one_pair))
 
 
 def _standardise(features: Array, centre: Array, spread: Array) -> Array:

@@ -29,7 +29,8 @@ def coherence(alignment: Array, image: Array, text: Array, held_out: Array) -> A
     image, text : (N, D) floating
         Means over views of the unit vectors.
     held_out : (D,) floating
-        Mean over samples that the proxy left out of image plus text vector.
+        Mean over samples that the proxy left out of image plus text vector; over those it trained
+        on where it left none out.
 
     Returns
     -------

@@ -24,6 +24,7 @@ __all__ = [
     "fit_contrastive",
     "fit_front",
     "has_learned",
+    "has_rivals",
     "train_heads",
 ]
 
@@ -44,9 +45,9 @@ _RIDGE = 3.0
 #: not level them, because blowing up weak ones made heads on 450 pairs overfit.
 _FRONT_RIDGE = 30.0
 
-#: Vectors at least so many times as wide as they are many are decomposed as they are: of 4 096
-#: numbers each, 500 take .2 s that way and 6 s by their covariance.
-_FEW_ROWS = 4
+#: Vectors more than so many times as wide as they are many are decomposed by their products with
+#: each other: a covariance of 4 096 numbers takes 6 s, the products of 500 vectors a tenth of one.
+_WIDE = 4
 
 _BLOCK_ROWS = 4096
 
@@ -112,14 +113,14 @@ def fit_front(vectors: Array, width: int) -> Front:
     """
     mean = vectors.mean(0, dtype=np.float64)
     centred = vectors.astype(np.float64) - mean
+    wide = _WIDE * len(vectors) < vectors.shape[1]
+    products = centred @ centred.T if wide else centred.T @ centred
+    variances, directions = np.linalg.eigh(products / max(len(vectors), 1))
     count = min(width, *vectors.shape)
-    if _FEW_ROWS * len(vectors) < vectors.shape[1]:
-        _, lengths, turned = np.linalg.svd(centred, full_matrices=False)
-        variances, directions = lengths[:count] ** 2 / max(len(vectors), 1), turned[:count].T
-    else:
-        variances, directions = np.linalg.eigh(centred.T @ centred / max(len(vectors), 1))
-        variances = np.maximum(variances[::-1][:count], 0)
-        directions = directions[:, ::-1][:, :count]
+    variances = np.maximum(variances[::-1][:count], 0)
+    directions = directions[:, ::-1][:, :count]
+    if wide:  # these are directions over the rows so far
+        directions = centred.T @ directions / np.sqrt(len(vectors) * variances + 1e-12)
     floor = _FRONT_RIDGE * variances.mean() + 1e-12
     return mean.astype(np.float32), (directions / np.sqrt(variances + floor)).astype(np.float32)
 
@@ -164,6 +165,17 @@ def train_heads(
             heads, _ = _start(shape, fronts, pairs)
     finite = [loss for loss in losses if math.isfinite(loss)]
     return Training(heads.eval().requires_grad_(False), finite, attempt, diverged)
+
+
+def has_rivals(groups: Array) -> bool:
+    """Tell whether any pair is another's negative; without, a training moves nothing, at no loss.
+
+    Parameters
+    ----------
+    groups : (N, G) int64
+        Rows that share an entry of any column are not each other's negatives.
+    """
+    return len(groups) > 1 and not (groups == groups[0]).all(0).any()
 
 
 def has_learned(losses: list[float]) -> bool:
@@ -277,14 +289,14 @@ def fit_contrastive(
     Returns
     -------
     list of float
-        Mean loss per epoch, relative to that at chance, ending at one that is not finite. Empty
-        if there are too few pairs, or all are of one group.
+        Mean loss per epoch, relative to that at chance, ending at one that is not finite. 0
+        without any rivals: see `has_rivals`.
     """
     count = len(groups)
     batch = min(batch, max(2, count // 4))
     steps = count // batch
-    if steps == 0 or (groups == groups[0]).all(0).any():
-        return []  # no pair has a rival: there is nothing to learn, and no loss that would say so
+    if steps == 0:
+        return []
     total = steps * epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     kinds = torch.from_numpy(groups)

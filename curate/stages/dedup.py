@@ -16,7 +16,7 @@ from pydantic import Field
 
 from curate import storage
 from curate.dedup import groups
-from curate.dedup.copies import pixel_matches
+from curate.dedup.copies import are_copies
 from curate.formats.pixels import read_thumbnail
 from curate.memorization.folds import hash_unit
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
@@ -47,16 +47,27 @@ class Dedup(Stage):
     min_pixel_match: float | None = Field(
         None,
         description="correlation of the thumbnails, after allowing for a crop, that a candidate "
-        "must reach too; null: the cosine alone decides",
+        "must reach too; null: not asked",
         gt=0,
         le=1,
+    )
+    max_patch_difference: float | None = Field(
+        None,
+        description="grey levels by which a candidate's thumbnails may differ where they differ "
+        "most, over a thirteenth of a side; a different brightness counts; null: not asked",
+        ge=0,
+        le=255,
     )
     probes: int = Field(8, description="cells searched for every vector", ge=1, le=256)
     seed: int = Field(0, description="draws the samples for centroids and recall")
 
+    @property
+    def asks_pixels(self) -> bool:
+        """Whether candidates need more than their cosine."""
+        return self.min_pixel_match is not None or self.max_patch_difference is not None
+
     def reads(self) -> tuple[str, ...]:
-        images = ("thumbnail",) if self.min_pixel_match is not None else ()
-        return ("image_emb", "sha256", *images)
+        return ("image_emb", "sha256", *(("thumbnail",) if self.asks_pixels else ()))
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("dedup", ("cluster_id", "cluster_size")),)
@@ -235,10 +246,11 @@ def _search_cell(
 
 def _confirm(room: Room, left: Array, right: Array) -> Array:
     """(E,) bool: which candidates the pixels confirm; all where pixels are not asked."""
-    limit = _stage(room).min_pixel_match
-    if limit is None or len(left) == 0:
+    stage = _stage(room)
+    if not stage.asks_pixels:
         return np.ones(len(left), bool)
-    return pixel_matches(left, right, _thumbnail_reader(room)) >= limit
+    reader = _thumbnail_reader(room)
+    return are_copies(left, right, reader, stage.min_pixel_match, stage.max_patch_difference)
 
 
 def _thumbnail_reader(room: Room) -> Callable[[int], Image.Image]:

@@ -54,7 +54,7 @@ class Score(Stage):
     """Alignment under in- and out-proxies, probability of mismatch, rarity."""
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     proxy: Literal["heads", "clip"] = Field(
         "heads",
@@ -141,6 +141,7 @@ class Score(Stage):
                 "samples": record["samples"],
                 "first_loss": record["losses"][0] if record["losses"] else None,
                 "last_loss": record["losses"][-1] if record["losses"] else None,
+                "rivals": record["rivals"],
                 "retries": record["retries"],
                 "diverged": record["diverged"],
                 "mask": record["mask"],

@@ -102,6 +102,7 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     from curate.models.clip_proxy import embed_views, fold_tokens, pick_dtype
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device
+    from curate.models.train import has_rivals
     from curate.models.train_clip import ClipRecipe, train_clip
     from curate.models.weights import dump_weights
 
@@ -119,8 +120,11 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     shown = np.flatnonzero(inside)[:_HELD_OUT]
     with torch_threads(1):
         image, text, out = embed_views(trained.model, pixels[held], tokens[held], 1, dtype)
-        within = embed_views(trained.model, pixels[shown], tokens[shown], 1, dtype)[2]
-    mean = (image + text).mean(0) if len(held) else np.zeros(image.shape[1], np.float32)
+        *seen, within = embed_views(trained.model, pixels[shown], tokens[shown], 1, dtype)
+    # A proxy that leaves nothing out, all being one cluster, has its own samples to compare with:
+    # against none, whatever it trained on would pass for memorized.
+    others = image + text if len(held) else seen[0] + seen[1]
+    mean = others.mean(0) if len(others) else np.zeros(image.shape[1], np.float32)
     storage.commit_array(_path(room, "clips", f"held-out-{task}.npy"), mean)
     storage.commit_bytes(_path(room, "clips", f"{task}.safetensors"), dump_weights(trained.model))
     count = int(inside.sum())
@@ -129,6 +133,7 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
         "device": device,
         "dtype": dtype,
         "samples": count,
+        "rivals": has_rivals(groups[inside]),
         "retries": trained.retries,
         "diverged": trained.diverged,
         "losses": [round(loss, 6) for loss in trained.losses],
@@ -140,6 +145,7 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     storage.commit_json(_path(room, "clips", f"{task}.json"), record)
     return {
         "samples": count * stage.clip_epochs,
+        "no_rivals": int(not record["rivals"]),
         "retries": trained.retries,
         "diverged": int(trained.diverged),
     }

@@ -1,6 +1,6 @@
 """The step of `score` that describes every pair, and the phantoms made of some of them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,11 @@ from curate.stages.score_inputs import (
     read_reference,
     read_samples,
     read_shared_space,
+    read_training_sizes,
     score_stage,
     unit,
 )
 from curate.stages.score_proxies import trained_clusters
-
-if TYPE_CHECKING:
-    from curate.stages.score import Score
 
 __all__ = ["ALIGNMENT", "draw_folds", "gather_shard", "read_features", "spread_rows"]
 
@@ -54,7 +52,7 @@ def gather_shard(room: Room, task: str) -> dict[str, float]:
         for p in range(stage.proxies)
     ]
     keys = samples.keys(stage.proxies, stage.seed)
-    columns: dict[str, Array] = _align(embedded, keys.blocks, samples, plan, stage)
+    columns: dict[str, Array] = _align(room, embedded, keys.blocks, samples)
     bank = (reference.image, reference.text, reference.keys.clusters)
     alone = isolation(unit(samples.image), unit(samples.text), keys.clusters, bank)
     columns["rarity"] = rank_scale(alone, reference.isolations)
@@ -79,13 +77,16 @@ def spread_rows(values: Array, rows: Array, count: int) -> pa.Array:
 
 
 def _align(
-    embedded: list[list[Array]], blocks: Array, samples: Samples, plan: Plan, stage: "Score"
+    room: Room, embedded: list[list[Array]], blocks: Array, samples: Samples
 ) -> dict[str, Array]:
     """Means of cosines over in- and out-proxies, with standard errors."""
+    stage, plan = score_stage(room), read_plan(room)
     cosines = np.stack(
         [(i.astype(np.float32) * t.astype(np.float32)).sum(1) for i, t in embedded], axis=1
     )
     cosines = np.clip(cosines, -1, 1)
+    # Without a pair to train on, where one cluster is most of the set, a proxy has first weights.
+    cosines[:, read_training_sizes(room) < 2] = np.nan
     within, without = split_sides(cosines, block_masks(stage.proxies, stage.seed)[blocks])
     within[~trained_clusters(samples.clusters, plan, stage.seed)] = np.nan
     result: dict[str, Array] = {}

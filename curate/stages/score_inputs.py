@@ -35,6 +35,7 @@ __all__ = [
     "read_reference",
     "read_samples",
     "read_shared_space",
+    "read_training_sizes",
     "score_stage",
     "unit",
 ]
@@ -72,7 +73,7 @@ class Plan:
     fit_below : float
         Samples whose hash is below fit the detector.
     phantoms : int
-        Per sample that fits the detector.
+        Per sample that fits the detector; 0 where all images or all captions have one vector.
     shared : str
         How the encoder's own image and text vectors can be compared: `vectors` as they are,
         `concepts` by what its classifier would call the image, "" not at all.
@@ -363,6 +364,12 @@ def read_phantoms(room: Room) -> tuple[Array, Array] | None:
         return None
     table = storage.read_table(path)
     return np.array(table["rung"].to_pylist()), table["mismatch_probability"].to_numpy()
+
+
+def read_training_sizes(room: Room) -> Array:
+    """Read how many samples each proxy trained on: (P,) int64."""
+    paths = [room.path("proxies", f"{proxy}.json") for proxy in range(score_stage(room).proxies)]
+    return np.array([storage.read_json(path)["samples"] for path in paths])
 
 
 def read_heads(room: Room, proxy: int) -> "Heads":

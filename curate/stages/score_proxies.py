@@ -46,6 +46,9 @@ _ISOLATION_SAMPLES = 2000
 _PHANTOMS = 6000
 _MAX_PHANTOMS_EACH = 8
 
+#: Unit vectors with less variance than this differ by the rounding of float16 at most.
+_LEAST_VARIANCE = 1e-7
+
 
 def fill_bank(room: Room, task: str) -> dict[str, float]:
     """Commit the reference samples and `bank.json`."""
@@ -77,6 +80,8 @@ def fill_bank(room: Room, task: str) -> dict[str, float]:
     allowed = int(np.searchsorted(np.cumsum(histogram), 2 * stage.max_train_samples, "right"))
     fitting = min(usable, stage.detector_samples)
     phantoms = int(np.clip(_PHANTOMS // fitting, 1, _MAX_PHANTOMS_EACH))
+    if min(image.var(0).sum(), text.var(0).sum()) < _LEAST_VARIANCE:
+        phantoms = 0  # all that tells phantoms from real pairs then is how they were made
     widths = {
         "image_width": image.shape[1],
         "text_width": text.shape[1],
@@ -121,7 +126,7 @@ def _has_shared_space(room: Room) -> bool:
 def train_proxy(room: Room, task: str) -> dict[str, float]:
     """Commit one proxy: weights, what it saw of the bank, loss per epoch, and its mask's print."""
     from curate.models.proxy import embed_pairs
-    from curate.models.train import Recipe, train_heads
+    from curate.models.train import Recipe, has_rivals, train_heads
     from curate.models.weights import dump_weights
 
     stage, plan, proxy = score_stage(room), read_plan(room), int(task)
@@ -145,6 +150,7 @@ def train_proxy(room: Room, task: str) -> dict[str, float]:
         "samples": len(samples.uids),
         "mask": mask,
         "scale": float(trained.heads.scale()),
+        "rivals": has_rivals(groups),
         "retries": trained.retries,
         "diverged": trained.diverged,
         "losses": [round(loss, 6) for loss in trained.losses],
@@ -152,6 +158,7 @@ def train_proxy(room: Room, task: str) -> dict[str, float]:
     storage.commit_json(room.path("proxies", f"{task}.json"), record)
     return {
         "samples": len(samples.uids) * stage.epochs,
+        "no_rivals": int(not record["rivals"]),
         "retries": trained.retries,
         "diverged": int(trained.diverged),
     }

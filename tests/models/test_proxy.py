@@ -54,6 +54,24 @@ def test_front_centres_and_keeps_the_strongest_directions() -> None:
     assert fit_front(vectors[:3], 5)[1].shape == (6, 3)
 
 
+@pytest.mark.parametrize("count", [1, 2, 20, 74, 76])
+def test_front_of_few_wide_vectors_is_that_of_their_covariance(count: int) -> None:
+    vectors = np.random.default_rng(0).normal(size=(count, 300)).astype(np.float16)
+    mean, front = fit_front(vectors, 10)
+    np.testing.assert_allclose(mean, vectors.mean(0, dtype=np.float64), atol=1e-6)
+    centred = vectors - vectors.mean(0, dtype=np.float64)
+    variances, directions = np.linalg.eigh(centred.T @ centred / count)
+    kept = min(10, count)
+    variances, directions = variances[::-1][:kept], directions[:, ::-1][:, :kept]
+    expected = directions / np.sqrt(np.maximum(variances, 0) + 30 * variances.mean() + 1e-12)
+    assert front.shape == (300, kept)
+    real = variances > 1e-6  # which way directions without variance lie means nothing
+    # Directions have no sign, so that their products are compared.
+    turned, known = (vectors @ part[:, real] for part in (front.astype(np.float64), expected))
+    np.testing.assert_allclose(turned @ turned.T, known @ known.T, atol=1e-4)
+    assert np.isfinite(front).all()
+
+
 def test_training_finds_held_out_pairs_and_beats_its_start() -> None:
     pairs, unseen = _views(1500), _views(200, seed=1)
     start = _train(pairs, Recipe(epochs=0))

@@ -1,6 +1,5 @@
 """The score stage without the engine, on two noisy views of hidden numbers."""
 
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,135 +17,37 @@ from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score import Score
 from curate.stages.score_inputs import read_phantoms
+from tests.stages.noisy_views import (
+    COUNT,
+    Pairs,
+    lay_out,
+    make_pairs,
+    read_column,
+    run_steps,
+    unit_rows,
+)
 
 STAGE = Score(proxies=4, epochs=3)
-COUNT = 900
-
-
-@dataclass
-class Set:
-    """Samples to be scored and the truth about them."""
-
-    uids: list[str]
-    image: np.ndarray
-    text: np.ndarray
-    captions: list[str | None]
-    clusters: list[str]
-    valid: np.ndarray
-    swapped: np.ndarray
-    clip_score: bool = False
-    order: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
-
-    def take(self, rows: np.ndarray) -> "Set":
-        return Set(
-            [self.uids[row] for row in rows],
-            self.image[rows],
-            self.text[rows],
-            [self.captions[row] for row in rows],
-            [self.clusters[row] for row in rows],
-            self.valid[rows],
-            self.swapped[rows],
-            self.clip_score,
-        )
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-
-
-def _make(count: int = COUNT, share: float = 0.1, widths: tuple[int, int] = (48, 32)) -> Set:
-    """Clusters of one or two samples; a share of captions permuted between clusters."""
-    rng = np.random.default_rng(0)
-    group = np.sort(rng.integers(int(0.8 * count), size=count))
-    hidden = rng.normal(size=(count, 5))[group] + 0.02 * rng.normal(size=(count, 5))
-    views = []
-    for width in widths:
-        clear = np.tanh(hidden @ rng.normal(size=(5, width)))
-        views.append(clear + 0.1 * rng.normal(size=(count, width)))
-    swapped = rng.random(count) < share
-    rows = np.flatnonzero(swapped)
-    source = np.arange(count)
-    source[rows] = np.roll(rows, len(rows) // 2)
-    return Set(
-        [f"{number:032x}" for number in rng.permutation(count)],
-        _unit(views[0]),
-        _unit(views[1][source]),
-        [f"caption {group[row]}" for row in source],
-        [f"{number:032x}" for number in group],
-        np.ones(count, bool),
-        swapped,
-    )
-
-
-def _room(folder: Path, samples: Set, stage: Score, shards: int) -> Room:
-    tables = ("ingest", "embed.vectors", "dedup", *(table.name for table in stage.tables()))
-    places = {name: str(folder / name) for name in tables}
-    names = [f"{number:05d}" for number in range(shards)]
-    layout = []
-    for name, rows in zip(names, np.array_split(np.arange(len(samples.uids)), shards), strict=True):
-        part = samples.take(rows)
-        uids = pa.array(part.uids, pa.string())
-        vectors = {
-            "image_emb": storage.vector_column(part.image, part.valid),
-            "text_emb": storage.vector_column(part.text, part.valid),
-        }
-        if samples.clip_score:
-            cosines = (part.image.astype("f4") * part.text.astype("f4")).sum(1)
-            vectors["clip_score"] = pa.array(cosines)
-        contents = {
-            "ingest": {"caption": pa.array(part.captions, pa.string())},
-            "embed.vectors": vectors,
-            "dedup": {"cluster_id": pa.array(part.clusters, pa.string())},
-        }
-        for table, columns in contents.items():
-            path = f"{places[table]}/shards/{name}.parquet"
-            storage.commit_table(path, pa.table({"uid": uids, **columns}))
-        layout.append({"name": name, "samples": len(rows)})
-    storage.commit_json(f"{places['ingest']}/layout.json", {"shards": layout})
-    origins = dict.fromkeys(("image_emb", "text_emb"), "embed.vectors")
-    if samples.clip_score:
-        origins["clip_score"] = "embed.vectors"
-    origins |= {"caption": "ingest", "cluster_id": "dedup"}
-    return Room(stage, places, origins, frozenset(table.name for table in stage.tables()))
-
-
-def _run(room: Room) -> tuple[pa.Table, dict[str, float]]:
-    counts: dict[str, float] = {}
-    for step in room.stage.steps():
-        for task in step.tasks(room):
-            for name, value in step.run(room, task).items():
-                counts[name] = counts.get(name, 0) + value
-    shards = [_read(room, shard) for shard in room.shards()]
-    return pa.concat_tables(shards), counts
-
-
-def _read(room: Room, shard: str) -> pa.Table:
-    paths = [room.shard_path(table.name, shard) for table in room.stage.tables()]
-    return storage.join_aligned((path, storage.read_table(path)) for path in paths)
 
 
 @cache
-def _scored() -> tuple[Set, Room, pa.Table, dict[str, float]]:
+def _scored() -> tuple[Pairs, Room, pa.Table, dict[str, float]]:
     """The planted set, scored in one shard."""
-    samples = _make()
-    room = _room(Path(mkdtemp()), samples, STAGE, shards=1)
-    return samples, room, *_run(room)
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(table[name].to_pandas(), dtype=float)
+    samples = make_pairs()
+    room = lay_out(Path(mkdtemp()), samples, STAGE, shards=1)
+    return samples, room, *run_steps(room)
 
 
 def test_swapped_captions_are_found_and_the_probability_means_what_it_says() -> None:
     samples, _, table, counts = _scored()
     assert table.drop_columns("uid").schema.equals(select_schema(STAGE.writes()))
     assert table["uid"].to_pylist() == samples.uids
-    probability = _column(table, "mismatch_probability")
+    probability = read_column(table, "mismatch_probability")
     assert roc_auc_score(samples.swapped, probability) > 0.97
     assert abs(probability.mean() - samples.swapped.mean()) < 0.04
     assert (probability[samples.swapped] > 0.3).mean() > 0.8
     assert (probability[~samples.swapped] > 0.3).mean() < 0.05
-    out = _column(table, "alignment_out")
+    out = read_column(table, "alignment_out")
     assert out[~samples.swapped].mean() > out[samples.swapped].mean() + 0.3
     assert counts["diverged"] == 0
 
@@ -176,21 +77,21 @@ def test_alignments_are_means_over_the_committed_embeddings() -> None:
 
 
 def test_captions_of_many_pictures_say_little_and_are_not_called_wrong(tmp_path: Path) -> None:
-    samples = _make(share=0.0)
+    samples = make_pairs(share=0.0)
     rng = np.random.default_rng(3)
     shared = np.isin(samples.clusters, rng.permutation(np.unique(samples.clusters))[:60])
     samples.captions = [
         "untitled picture" if alike else caption
         for alike, caption in zip(shared, samples.captions, strict=True)
     ]
-    samples.text[shared] = _unit(rng.normal(size=(1, samples.text.shape[1])))
-    table, _ = _run(_room(tmp_path, samples, STAGE, shards=2))
-    information = _column(table, "caption_information")
+    samples.text[shared] = unit_rows(rng.normal(size=(1, samples.text.shape[1])))
+    table, _ = run_steps(lay_out(tmp_path, samples, STAGE, shards=2))
+    information = read_column(table, "caption_information")
     assert ((information >= 0) & (information <= 1)).all()
     # 60 of some 400 clusters: log(400 / 60) / log(400) is about a third.
     assert information[shared].max() < 0.4
     assert np.median(information[~shared]) > 0.8
-    assert (_column(table, "mismatch_probability")[shared] > 0.5).mean() < 0.1
+    assert (read_column(table, "mismatch_probability")[shared] > 0.5).mean() < 0.1
 
 
 def test_phantoms_are_kept_beside_the_scores() -> None:
@@ -199,7 +100,7 @@ def test_phantoms_are_kept_beside_the_scores() -> None:
     assert set(rungs) == set(RUNGS)
     assert ((probability >= 0) & (probability <= 1)).all()
     # They are planted anew for every run and never among the samples.
-    real = _column(table, "mismatch_probability")
+    real = read_column(table, "mismatch_probability")
     assert np.median(probability[rungs == "random"]) > np.quantile(real, 0.9)
 
 
@@ -227,13 +128,13 @@ def test_facts_tell_share_losses_and_self_calibration() -> None:
 def test_order_and_shards_change_nothing(tmp_path: Path) -> None:
     samples, _, expected, _ = _scored()
     order = np.random.default_rng(1).permutation(COUNT)
-    table, _ = _run(_room(tmp_path, samples.take(order), STAGE, shards=8))
+    table, _ = run_steps(lay_out(tmp_path, samples.take(order), STAGE, shards=8))
     assert table.sort_by("uid").equals(expected.sort_by("uid"))
 
 
 def test_rows_without_vectors_or_caption_are_null_and_change_nothing_else(tmp_path: Path) -> None:
     _, _, expected, _ = _scored()
-    spoilt = _make()
+    spoilt = make_pairs()
     more = spoilt.take(np.arange(6))
     spoilt.uids += [f"f{number:031x}" for number in range(6)]
     spoilt.clusters += spoilt.uids[-6:]
@@ -243,45 +144,47 @@ def test_rows_without_vectors_or_caption_are_null_and_change_nothing_else(tmp_pa
     spoilt.captions += ["one", "two", "three", None, " ", "six"]
     spoilt.valid = np.append(spoilt.valid, [True, True, True, True, True, False])
     spoilt.swapped = np.append(spoilt.swapped, [False] * 6)
-    table, _ = _run(_room(tmp_path, spoilt, STAGE, shards=2))
+    table, _ = run_steps(lay_out(tmp_path, spoilt, STAGE, shards=2))
     for name in STAGE.writes():
         assert table[name][COUNT:].null_count == 6
     assert table.slice(0, COUNT).equals(expected)
 
 
 def test_too_few_samples_are_not_scored(tmp_path: Path) -> None:
-    room = _room(tmp_path, _make(100), STAGE, shards=2)
-    table, counts = _run(room)
+    room = lay_out(tmp_path, make_pairs(100), STAGE, shards=2)
+    table, counts = run_steps(room)
     assert counts["too_few_samples"] == 1
     assert all(table[name].null_count == 100 for name in STAGE.writes())
     assert room.stage.facts(room) == {"usable": 100, "scored": False}
 
 
 def test_an_empty_shard_is_no_obstacle(tmp_path: Path) -> None:
-    samples = _make(30)
+    samples = make_pairs(30)
     stage = Score(proxies=2, epochs=1, min_samples=20)
-    room = _room(tmp_path, samples, stage, shards=32)
-    table, _ = _run(room)
+    room = lay_out(tmp_path, samples, stage, shards=32)
+    table, _ = run_steps(room)
     assert table["rarity"].null_count == 0
 
 
 def test_equal_captions_leave_the_mismatch_unknown(tmp_path: Path) -> None:
-    samples = _make(200)
+    samples = make_pairs(200)
     samples.captions = ["the same"] * 200
     samples.text[:] = samples.text[0]
-    table, counts = _run(_room(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1))
+    table, counts = run_steps(
+        lay_out(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1)
+    )
     assert counts["no_phantoms"] == 1
     assert table["mismatch_probability"].null_count == 200
-    assert np.isfinite(_column(table, "alignment_out")).all()
-    assert np.isfinite(_column(table, "rarity")).all()
+    assert np.isfinite(read_column(table, "alignment_out")).all()
+    assert np.isfinite(read_column(table, "rarity")).all()
     assert table["alignment_out_stderr"].null_count == 200
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_clean_and_hopeless_sets_are_told_apart(tmp_path: Path, share: float) -> None:
     stage = Score(proxies=2, epochs=2)
-    table, _ = _run(_room(tmp_path, _make(700, share), stage, 1))
-    probability = _column(table, "mismatch_probability")
+    table, _ = run_steps(lay_out(tmp_path, make_pairs(700, share), stage, 1))
+    probability = read_column(table, "mismatch_probability")
     if share == 0:
         assert (probability > 0.5).mean() < 0.02
     else:
@@ -289,64 +192,64 @@ def test_clean_and_hopeless_sets_are_told_apart(tmp_path: Path, share: float) ->
 
 
 def test_one_cluster_of_more_than_half_is_survived(tmp_path: Path) -> None:
-    samples = _make(300)
+    samples = make_pairs(300)
     samples.clusters[:200] = [samples.clusters[0]] * 200
-    table, _ = _run(_room(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1))
+    table, _ = run_steps(lay_out(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1))
     for name in ("alignment_in", "alignment_out", "mismatch_probability", "rarity"):
-        assert np.isfinite(_column(table, name)).all()
+        assert np.isfinite(read_column(table, name)).all()
 
 
 @pytest.mark.parametrize("widths", [(1, 1), (1, 700)])
 def test_narrow_and_wide_vectors_are_survived(tmp_path: Path, widths: tuple[int, int]) -> None:
-    samples = _make(200, widths=widths)
-    table, _ = _run(_room(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1))
+    samples = make_pairs(200, widths=widths)
+    table, _ = run_steps(lay_out(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1))
     for name in ("alignment_in", "alignment_out", "mismatch_probability", "rarity"):
-        assert np.isfinite(_column(table, name)).all()
+        assert np.isfinite(read_column(table, name)).all()
 
 
 def test_a_shared_space_is_used_where_there_is_one(tmp_path: Path) -> None:
-    samples = _make(600, widths=(32, 32))
+    samples = make_pairs(600, widths=(32, 32))
     hidden = samples.image[~samples.swapped].astype("f4")
     noise = np.random.default_rng(0).normal(size=hidden.shape)
-    samples.text[~samples.swapped] = _unit(hidden + 0.1 * noise)
+    samples.text[~samples.swapped] = unit_rows(hidden + 0.1 * noise)
     samples.clip_score = True
-    room = _room(tmp_path, samples, Score(proxies=2, epochs=1), 1)
-    table, _ = _run(room)
+    room = lay_out(tmp_path, samples, Score(proxies=2, epochs=1), 1)
+    table, _ = run_steps(room)
     assert storage.read_json(room.path("bank.json"))["shared"] == "vectors"
     evidence = storage.read_table(room.path("evidence", "00000.parquet"))
     cosines = (samples.image.astype("f4") * samples.text.astype("f4")).sum(1)
-    np.testing.assert_allclose(_column(evidence, "shared_cosine"), cosines, atol=2e-3)
-    assert roc_auc_score(samples.swapped, _column(table, "mismatch_probability")) > 0.97
+    np.testing.assert_allclose(read_column(evidence, "shared_cosine"), cosines, atol=2e-3)
+    assert roc_auc_score(samples.swapped, read_column(table, "mismatch_probability")) > 0.97
 
 
 def test_names_of_what_the_image_tower_sees_are_used_where_it_has_some(tmp_path: Path) -> None:
-    samples = _make(300)
-    room = _room(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1)
+    samples = make_pairs(300)
+    room = lay_out(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1)
     rng = np.random.default_rng(0)
     folder = room.folders["embed.vectors"]
     storage.commit_array(
         f"{folder}/concepts/classifier.npy", rng.normal(size=(20, 48)).astype("f4")
     )
     storage.commit_array(f"{folder}/concepts/names.npy", rng.normal(size=(20, 32)).astype("f4"))
-    table, _ = _run(room)
+    table, _ = run_steps(room)
     assert storage.read_json(room.path("bank.json"))["shared"] == "concepts"
     evidence = storage.read_table(room.path("evidence", "00000.parquet"))
-    assert np.unique(_column(evidence, "shared_cosine")).size > 200
+    assert np.unique(read_column(evidence, "shared_cosine")).size > 200
     assert table["mismatch_probability"].null_count == 0
 
 
 def test_caps_keep_every_sample_scored(tmp_path: Path) -> None:
     stage = Score(proxies=4, epochs=2, max_train_samples=150, bank_size=300, detector_samples=200)
-    samples = _make()
-    room = _room(tmp_path, samples, stage, 3)
-    table, _ = _run(room)
+    samples = make_pairs()
+    room = lay_out(tmp_path, samples, stage, 3)
+    table, _ = run_steps(room)
     for proxy in stage.facts(room)["proxies"]:
         assert proxy["samples"] < 200
     trained = table["alignment_in"].is_valid().to_numpy().mean()
     assert 0.2 < trained < 0.45
     for name in ("alignment_out", "mismatch_probability", "rarity"):
         assert table[name].null_count == 0
-    assert roc_auc_score(samples.swapped, _column(table, "mismatch_probability")) > 0.9
+    assert roc_auc_score(samples.swapped, read_column(table, "mismatch_probability")) > 0.9
 
 
 def test_an_odd_number_of_proxies_is_refused() -> None:

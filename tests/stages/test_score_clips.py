@@ -1,7 +1,7 @@
 """The steps of the score stage that train small CLIPs, without the engine, on drawn squares."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,91 +10,46 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from curate import storage
 from curate.config import load_pipeline
 from curate.engine.runner import bind
 from curate.errors import ConfigError
-from curate.formats.pixels import make_thumbnail
 from curate.memorization.folds import draw_masks
-from curate.models import clip_proxy, train_clip
+from curate.models import train_clip
 from curate.models.clip_proxy import ClipShape, embed_views, fold_tokens, load_clip
-from curate.models.encoders import torch_threads
 from curate.schema import select_schema
-from curate.stages import score_clips
 from curate.stages.base import Room
 from curate.stages.score import Score
 from curate.stages.score_clips import MEMORIZATION
 from curate.stages.score_inputs import commit_plan, read_plan
+from tests.stages.squares import (
+    COLUMNS,
+    COUNT,
+    Squares,
+    lay_out,
+    make_squares,
+    measure,
+    small_work,
+)
 
-COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kind")
-COLOURS = ("black", "white", "red", "green", "blue", "yellow")
-COUNT = 48
 STAGE = Score(proxy="clip", proxies=4, epochs=1, clip_epochs=4, clip_views=2, min_samples=20)
 #: For what does not depend on the proxies' having learned anything.
 QUICK = STAGE.model_copy(update={"proxies": 2, "clip_epochs": 1, "clip_views": 1})
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_work() -> Iterator[None]:
-    """Small pictures, and small batches: filling up shards of a few rows would take longest."""
-    with pytest.MonkeyPatch.context() as patch, torch_threads(1):
-        patch.setattr(clip_proxy, "_BATCH", 32)
-        patch.setattr(score_clips, "_IMAGE_PX", 32)
+def quickly() -> Iterator[None]:
+    with small_work():
         yield
 
 
-@dataclass(frozen=True)
-class Set:
-    """Samples to be scored."""
-
-    uids: list[str]
-    thumbnails: list[bytes | None]
-    captions: list[str | None]
-    clusters: list[str | None]
-    image: np.ndarray
-    text: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Set":
-        lists = (self.uids, self.thumbnails, self.captions, self.clusters)
-        taken = ([one[row] for row in rows] for one in lists)
-        return Set(*taken, self.image[rows], self.text[rows])
-
-
-def _draw(square: str, ground: str, x: int, y: int) -> bytes:
-    picture = Image.new("RGB", (96, 72), ground)
-    ImageDraw.Draw(picture).rectangle((x, y, x + 40, y + 40), fill=square)
-    return make_thumbnail(picture, 128)
-
-
-@cache
-def _make(count: int = COUNT) -> Set:
-    """Squares of one colour on another, with captions that say so; every fifth has a twin."""
-    rng = np.random.default_rng(0)
-    pairs = [rng.choice(6, 2, replace=False) for _ in range(count)]
-    places = rng.integers(0, 30, (count, 2)).tolist()
-    known = np.stack([np.eye(12)[[square, 6 + ground]].sum(0) for square, ground in pairs])
-    sides = [known @ rng.normal(size=(12, w)) + rng.normal(size=(count, w)) for w in (24, 16)]
-    image, text = (
-        (side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float16) for side in sides
-    )
-    names = [(COLOURS[square], COLOURS[ground]) for square, ground in pairs]
-    return Set(
-        [f"{number:032x}" for number in rng.permutation(count)],
-        [_draw(*name, *place) for name, place in zip(names, places, strict=True)],
-        [f"a {square} square {row} on {ground}" for row, (square, ground) in enumerate(names)],
-        [f"{row - row % 5 // 4:032x}" for row in range(count)],
-        image,
-        text,
-    )
-
-
-def _spoil(samples: Set) -> Set:
+def _spoil(samples: Squares) -> Squares:
     """Add two samples without thumbnail, two without caption, one of no cluster, last."""
     rows = np.arange(5)
     more = samples.take(rows)
-    return Set(
+    return Squares(
         [*samples.uids, *(f"f{row:031x}" for row in rows)],
         [*samples.thumbnails, None, None, *more.thumbnails[2:]],
         [*samples.captions, *more.captions[:2], None, " ", more.captions[4]],
@@ -104,48 +59,12 @@ def _spoil(samples: Set) -> Set:
     )
 
 
-def _room(folder: Path, samples: Set, stage: Score, shards: list[np.ndarray]) -> Room:
-    tables = ("ingest", "embed.vectors", "embed.thumbnails", "dedup", "score", MEMORIZATION)
-    places = {name: str(folder / name) for name in tables}
-    layout = []
-    for number, rows in enumerate(shards):
-        part, name, whole = samples.take(rows), f"{number:05d}", np.ones(len(rows), bool)
-        contents = {
-            "ingest": {"caption": pa.array(part.captions, pa.string())},
-            "embed.vectors": {
-                "image_emb": storage.vector_column(part.image, whole),
-                "text_emb": storage.vector_column(part.text, whole),
-            },
-            "embed.thumbnails": {"thumbnail": pa.array(part.thumbnails, pa.binary())},
-            "dedup": {"cluster_id": pa.array(part.clusters, pa.string())},
-        }
-        for table, columns in contents.items():
-            path = f"{places[table]}/shards/{name}.parquet"
-            uids = pa.array(part.uids, pa.string())
-            storage.commit_table(path, pa.table({"uid": uids, **columns}))
-        layout.append({"name": name, "samples": len(rows)})
-    storage.commit_json(f"{places['ingest']}/layout.json", {"shards": layout})
-    origins = dict.fromkeys(("image_emb", "text_emb"), "embed.vectors")
-    origins |= {"caption": "ingest", "thumbnail": "embed.thumbnails", "cluster_id": "dedup"}
-    return Room(stage, places, origins, frozenset({"score", MEMORIZATION}))
-
-
-def _run(room: Room, after: dict[str, Callable[[Room], None]] | None = None) -> pa.Table:
-    """Run all steps, doing something after some of them."""
-    for step in room.stage.steps():
-        for task in step.tasks(room):
-            step.run(room, task)
-        (after or {}).get(step.name, lambda room: None)(room)
-    paths = [room.shard_path(MEMORIZATION, shard) for shard in room.shards()]
-    return pa.concat_tables([storage.read_table(path) for path in paths])
-
-
 @cache
-def _scored() -> tuple[Set, Room, pa.Table]:
+def _scored() -> tuple[Squares, Room, pa.Table]:
     """Good samples and spoilt ones, scored in one shard."""
-    samples = _spoil(_make())
-    room = _room(Path(mkdtemp()), samples, STAGE, [np.arange(COUNT + 5)])
-    return samples, room, _run(room)
+    samples = _spoil(make_squares())
+    room = lay_out(Path(mkdtemp()), samples, STAGE, [np.arange(COUNT + 5)])
+    return samples, room, measure(room)
 
 
 def _all_null(table: pa.Table) -> bool:
@@ -242,18 +161,18 @@ def test_order_and_shards_change_nothing(tmp_path: Path) -> None:
     # A shard of samples without thumbnails, an empty one and the unusable ones lie between.
     shards = [np.arange(COUNT, COUNT + 2), *np.array_split(order, 2), np.zeros(0, int)]
     shards.insert(2, np.arange(COUNT + 2, COUNT + 5))
-    table = _run(_room(tmp_path, samples, STAGE, shards))
+    table = measure(lay_out(tmp_path, samples, STAGE, shards))
     assert table.sort_by("uid").equals(expected.sort_by("uid"))
 
 
 def test_samples_that_no_proxy_trains_on_are_null(tmp_path: Path) -> None:
-    samples = _make()
-    room = _room(tmp_path, samples, QUICK, [np.arange(20), np.arange(20, COUNT)])
+    samples = make_squares()
+    room = lay_out(tmp_path, samples, QUICK, [np.arange(20), np.arange(20, COUNT)])
 
     def train_on_some(room: Room) -> None:
         commit_plan(room, replace(read_plan(room), train_below=0.5))
 
-    table = _run(room, {"bank": train_on_some})
+    table = measure(room, {"bank": train_on_some})
     trained = [record["samples"] for record in room.stage.facts(room)["clips"]]
     assert 10 < sum(trained) < 40
     assert COUNT - table["memorization_score"].null_count == sum(trained)
@@ -262,15 +181,15 @@ def test_samples_that_no_proxy_trains_on_are_null(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["training", "thumbnails"])
 def test_proxies_without_any_pair_leave_all_null(tmp_path: Path, missing: str) -> None:
-    samples = _make()
+    samples = make_squares()
     if missing == "thumbnails":
         samples = replace(samples, thumbnails=[None] * COUNT)
-    room = _room(tmp_path, samples, QUICK, [np.arange(COUNT)])
+    room = lay_out(tmp_path, samples, QUICK, [np.arange(COUNT)])
 
     def train_on_none(room: Room) -> None:
         commit_plan(room, replace(read_plan(room), train_below=0.0))
 
-    table = _run(room, {"proxies": train_on_none} if missing == "training" else {})
+    table = measure(room, {"proxies": train_on_none} if missing == "training" else {})
     assert _all_null(table)
     for record in room.stage.facts(room)["clips"]:
         assert record["diverged"]
@@ -279,17 +198,17 @@ def test_proxies_without_any_pair_leave_all_null(tmp_path: Path, missing: str) -
 
 
 def test_proxies_that_leave_nothing_out_are_survived(tmp_path: Path) -> None:
-    samples = replace(_make(), clusters=["0" * 32] * (COUNT - 1) + ["1" * 32])
-    room = _room(tmp_path, samples, QUICK, [np.arange(COUNT)])
-    table = _run(room)
+    samples = replace(make_squares(), clusters=["0" * 32] * (COUNT - 1) + ["1" * 32])
+    room = lay_out(tmp_path, samples, QUICK, [np.arange(COUNT)])
+    table = measure(room)
     assert table["memorization_score"].null_count == 0
     sizes = {record["held_out"] for record in room.stage.facts(room)["clips"]}
     assert sizes <= {0, 1, COUNT - 1, COUNT}
 
 
 def test_one_caption_for_all_is_survived(tmp_path: Path) -> None:
-    samples = replace(_make(), captions=["the same"] * COUNT)
-    table = _run(_room(tmp_path, samples, QUICK, [np.arange(COUNT)]))
+    samples = replace(make_squares(), captions=["the same"] * COUNT)
+    table = measure(lay_out(tmp_path, samples, QUICK, [np.arange(COUNT)]))
     assert table["memorization_score"].null_count == 0
     assert table["memorization_kind"].null_count == COUNT  # the mismatch is unknown
 
@@ -298,25 +217,27 @@ def test_a_training_that_diverges_is_told_and_scores_stay_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_clip, "_MAX_LOG_SCALE", float("nan"))
-    room = _room(tmp_path, _make(), QUICK, [np.arange(COUNT)])
-    table = _run(room)
+    room = lay_out(tmp_path, make_squares(), QUICK, [np.arange(COUNT)])
+    table = measure(room)
     assert all(record["diverged"] for record in room.stage.facts(room)["clips"])
     assert np.isfinite(table["memorization_score"].to_numpy()).all()
 
 
 def test_too_few_samples_are_not_scored(tmp_path: Path) -> None:
     stage = STAGE.model_copy(update={"min_samples": COUNT + 3})
-    room = _room(tmp_path, _spoil(_make()), stage, [np.arange(20), np.arange(20, COUNT + 5)])
-    assert _all_null(_run(room))
+    room = lay_out(
+        tmp_path, _spoil(make_squares()), stage, [np.arange(20), np.arange(20, COUNT + 5)]
+    )
+    assert _all_null(measure(room))
     assert "clips" not in room.stage.facts(room)
     assert not storage.exists(room.path("clips", table=MEMORIZATION))
 
 
 def test_heads_alone_cannot_tell(tmp_path: Path) -> None:
     stage = Score(proxies=2, epochs=1, min_samples=20)
-    room = _room(tmp_path, _make(), stage, [np.arange(COUNT)])
-    table = _run(room)
-    assert table["uid"].to_pylist() == _make().uids
+    room = lay_out(tmp_path, make_squares(), stage, [np.arange(COUNT)])
+    table = measure(room)
+    assert table["uid"].to_pylist() == make_squares().uids
     assert _all_null(table)
     assert "clips" not in room.stage.facts(room)
 
