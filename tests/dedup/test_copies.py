@@ -1,14 +1,19 @@
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from curate.dedup.copies import GRID_PX, pixel_matches
+from curate.dedup.copies import GRID_PX, are_copies, pixel_matches, worst_differences
+from curate.formats.pixels import make_thumbnail, read_thumbnail
 
 #: What the shipped pipelines ask of a copy.
-MIN_MATCH = 0.97
+MIN_MATCH = 0.96
+MAX_DIFFERENCE = 15.0
+
+LEFT, RIGHT = np.array([0]), np.array([1])
 
 
 def draw(seed: int, side: int = 128) -> Image.Image:
@@ -25,11 +30,75 @@ def draw(seed: int, side: int = 128) -> Image.Image:
     return image
 
 
+def flag(stripe: str = "gold") -> Image.Image:
+    image = Image.new("RGB", (120, 80), "navy")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 27, 119, 53), fill=stripe)
+    pen.rectangle((0, 54, 119, 79), fill="crimson")
+    return image
+
+
+def dots(moved: int = 0, radius: int = 6) -> Image.Image:
+    """Draw six by six dots, one of them moved."""
+    image = Image.new("RGB", (126, 126), "white")
+    pen = ImageDraw.Draw(image)
+    for row in range(6):
+        for column in range(6):
+            x, y = 10 + 21 * column + moved * (row == column == 3), 10 + 21 * row
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill="black")
+    return image
+
+
+def sign(text: str = "30") -> Image.Image:
+    image = Image.new("RGB", (128, 128), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((4, 4, 123, 123), fill="red")
+    pen.ellipse((20, 20, 107, 107), fill="white")
+    pen.text((64, 64), text, fill="black", anchor="mm", font=ImageFont.load_default(24))
+    return image
+
+
+def clock(hour: int = 2) -> Image.Image:
+    image = Image.new("RGB", (128, 128), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((4, 4, 123, 123), outline="blue", width=12)
+    angle = np.pi * hour / 6
+    pen.line((64, 64, 64 + 24 * np.sin(angle), 64 - 24 * np.cos(angle)), fill="blue", width=5)
+    pen.line((64, 64, 64, 26), fill="blue", width=3)
+    return image
+
+
+#: Pictures, and another of the series of each.
+SERIES = {
+    "stripe": (flag(), flag("darkorange")),
+    "moved dot": (dots(), dots(moved=3)),
+    "larger dots": (dots(), dots(radius=7)),
+    "number": (sign(), sign("50")),
+    "hand": (clock(), clock(10)),
+}
+
+
+def measure(found: Callable[..., Any], one: Image.Image, other: Image.Image) -> float:
+    values = found(LEFT, RIGHT, [one, other].__getitem__)
+    assert values.shape == (1,)
+    assert values.dtype == np.float32
+    return float(values[0])
+
+
 def match(one: Image.Image, other: Image.Image) -> float:
-    found = pixel_matches(np.array([0]), np.array([1]), [one, other].__getitem__)
-    assert found.shape == (1,)
-    assert found.dtype == np.float32
-    return float(found[0])
+    return measure(pixel_matches, one, other)
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    return measure(worst_differences, one, other)
+
+
+def confirmed(one: Image.Image, other: Image.Image) -> bool:
+    read = [one, other].__getitem__
+    found = are_copies(LEFT, RIGHT, read, MIN_MATCH, MAX_DIFFERENCE)
+    # Which of the two comes first is an accident of the shards.
+    assert np.array_equal(found, are_copies(RIGHT, LEFT, read, MIN_MATCH, MAX_DIFFERENCE))
+    return bool(found[0])
 
 
 def cropped(image: Image.Image, share: float) -> Image.Image:
@@ -67,6 +136,70 @@ def test_copies_are_found(seed: int, kind: str) -> None:
         copy = copy.filter(ImageFilter.GaussianBlur(1))
     assert match(image, copy) >= MIN_MATCH
     assert match(copy, image) == match(image, copy)
+    assert confirmed(image, copy)
+
+
+@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("kind", ["quality", "resize", "crop"])
+def test_copies_of_series_are_found(name: str, kind: str) -> None:
+    for image in SERIES[name]:
+        width, height = image.size
+        copy = {
+            "quality": recompressed(image, 30),
+            "resize": recompressed(image.resize((width * 7 // 10, height * 7 // 10)), 80),
+            "crop": recompressed(
+                image.crop((5, height // 25, width - 5, height - height // 25)), 80
+            ),
+        }[kind]
+        one, other = (read_thumbnail(make_thumbnail(each, 128)) for each in (image, copy))
+        assert confirmed(one, other)
+
+
+@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("quality", [30, 95])
+def test_others_of_a_series_are_not(name: str, quality: int) -> None:
+    image, other = SERIES[name]
+    other = recompressed(other, quality)
+    # As wholes they match: this is what the second question is for.
+    assert match(image, other) >= MIN_MATCH
+    assert not confirmed(image, other)
+    assert difference(image, other) > 1.2 * MAX_DIFFERENCE
+
+
+def test_difference_is_the_mean_over_the_worst_patch() -> None:
+    image = draw(0, 40).convert("L").convert("RGB")
+    assert difference(image, image) == 0
+    brighter = image.point(lambda value: min(value // 2 + 60, 255))
+    brightest = brighter.point(lambda value: value + 10)
+    assert difference(brighter, brightest) == pytest.approx(10, abs=1)  # luma is rounded
+    # 3 x 3 of the 40 x 40 pixels, on a picture whose edges hold the window.
+    spot = brighter.copy()
+    ImageDraw.Draw(spot).rectangle((20, 20, 22, 22), fill=(230, 230, 230))
+    changed = np.asarray(spot, int)[20:23, 20:23, 0] - np.asarray(brighter, int)[20:23, 20:23, 0]
+    assert difference(brighter, spot) == pytest.approx(abs(changed.mean()), abs=1)
+
+
+def test_colour_counts_half() -> None:
+    one, other = flag(), flag()
+    ImageDraw.Draw(other).rectangle((0, 0, 119, 26), fill=(0, 0, 176))  # navy is (0, 0, 128)
+    blue = 48 * np.array([0.114, 0.5 / 2, -0.0813 / 2])  # luma, blue difference, red difference
+    assert difference(one, other) == pytest.approx(np.linalg.norm(blue), rel=0.1)
+
+
+def test_questions_not_asked() -> None:
+    images = [*SERIES["hand"], ImageOps.invert(clock())]
+    left, right = np.array([0, 0]), np.array([1, 2])
+
+    def ask(min_match: float | None, max_difference: float | None) -> list[bool]:
+        found = are_copies(left, right, images.__getitem__, min_match, max_difference)
+        assert found.dtype == bool
+        return [bool(one) for one in found]
+
+    assert ask(None, None) == [True, True]
+    assert ask(MIN_MATCH, None) == [True, False]
+    assert ask(MIN_MATCH, MAX_DIFFERENCE) == [False, False]
+    assert ask(None, MAX_DIFFERENCE) == [False, False]
+    assert ask(None, 255) == [True, True]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -96,15 +229,23 @@ def test_pictures_of_one_colour_match_nothing(colour: Any) -> None:
 def test_many_pairs_equal_each_alone() -> None:
     images = [draw(seed) for seed in range(4)]
     images += [cropped(image, 0.04) for image in images]
-    images += [Image.new("RGB", (1, 1), "red"), draw(9, GRID_PX - 5)]
+    images += [Image.new("RGB", (1, 1), "red"), draw(9, GRID_PX - 5), draw(9).resize((128, 2))]
+    images += [image for pair in SERIES.values() for image in pair]
     rng = np.random.default_rng(0)
-    left, right = rng.integers(0, len(images), (2, 40))
-    together = pixel_matches(left, right, images.__getitem__)
-    alone = [match(images[a], images[b]) for a, b in zip(left, right, strict=True)]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert np.abs(together).max() <= 1 + 1e-5
+    left, right = rng.integers(0, len(images), (2, 60))
+    for found, measured in ((pixel_matches, match), (worst_differences, difference)):
+        together = found(left, right, images.__getitem__)
+        alone = [measured(images[a], images[b]) for a, b in zip(left, right, strict=True)]
+        np.testing.assert_allclose(together, alone, atol=1e-5)
+        assert np.array_equal(together, found(left, right, images.__getitem__))
+    assert np.abs(pixel_matches(left, right, images.__getitem__)).max() <= 1
+    copies = are_copies(left, right, images.__getitem__, MIN_MATCH, MAX_DIFFERENCE)
+    alone = [confirmed(images[a], images[b]) for a, b in zip(left, right, strict=True)]
+    assert copies.tolist() == alone
+    assert 0 < copies.sum() < len(copies)
     none = np.zeros(0, np.int64)
     assert pixel_matches(none, none, images.__getitem__).shape == (0,)
+    assert are_copies(none, none, images.__getitem__, MIN_MATCH, MAX_DIFFERENCE).shape == (0,)
 
 
 def test_every_picture_is_read_a_bounded_number_of_times() -> None:

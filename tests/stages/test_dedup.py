@@ -231,6 +231,30 @@ def test_pixels_confirm_what_cosines_propose(tmp_path: Path) -> None:
     assert "thumbnail" not in Dedup().reads()
 
 
+@pytest.mark.parametrize(
+    ("asked", "edges"),
+    [
+        ({"min_pixel_match": 0.96}, {(0, 1), (0, 2), (1, 2)}),
+        ({"max_patch_difference": 15}, {(0, 1)}),
+        ({"min_pixel_match": 0.96, "max_patch_difference": 15}, {(0, 1)}),
+    ],
+)
+def test_another_of_a_series_is_no_copy(
+    tmp_path: Path, asked: dict[str, Any], edges: set[tuple[int, int]]
+) -> None:
+    data = Data(np.ones((3, WIDTH)), [f"{i:064x}" for i in range(3)])
+    numbered = draw(0)
+    ImageDraw.Draw(numbered).ellipse((80, 60, 87, 67), fill="black")
+    copy = draw(0).resize((70, 56))
+    data.thumbnails = [make_thumbnail(picture, 128) for picture in (draw(0), copy, numbered)]
+    shards = cut(3, 2)
+    stage = Dedup(min_cosine=0.9, **asked)
+    assert "thumbnail" in stage.reads()
+    room, _ = run(tmp_path, data, stage, shards)
+    wanted = {tuple(sorted((data.uids[a], data.uids[b]))) for a, b in edges}
+    assert found_edges(room, data, shards).keys() == wanted
+
+
 def test_no_usable_vector(tmp_path: Path) -> None:
     data = Data(np.zeros((5, WIDTH)), [None] * 5)
     data.valid[:3] = False
