@@ -10,6 +10,7 @@ work among processes. Prints one JSON line; `--table` prints the same for people
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,40 @@ def rare_rows(corpus: Corpus) -> Array:
     return rare
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A planting and what was held out before.
+
+    Parameters
+    ----------
+    planting : Planting
+    rare : (N,) bool
+        Whether a pair of it was among the rarest fifth of all.
+    held : Corpus
+        Held out by cluster; nothing is planted there.
+    held_rare : (H,) bool
+    """
+
+    planting: Planting
+    rare: Array
+    held: Corpus
+    held_rare: Array
+
+
+def set_up(corpus: Corpus, kind: str, share: float, stage: Score) -> Trial:
+    """Hold out a quarter of the clusters, spoil some of the rest, and score it."""
+    rare = rare_rows(corpus)
+    held_out = hash_unit(corpus.clusters.tolist(), stage.seed, "held out") < _HELD_OUT
+    clean = corpus.take(np.flatnonzero(~held_out))
+    classes = dict(zip(clean.captions.tolist(), clean.categories.tolist(), strict=True))
+    spoilt, planted = plant(clean, kind, share, stage.seed)
+    given = np.array([classes.get(caption, "") for caption in spoilt.captions.tolist()])
+    scored = run_score(spoilt, stage)
+    planting = Planting(spoilt, planted, scored, given, stage.proxies, stage.seed, stage.epochs)
+    held = corpus.take(np.flatnonzero(held_out))
+    return Trial(planting, rare[~held_out], held, rare[held_out])
+
+
 def measure(
     corpus: Corpus, kind: str, share: float, stage: Score, epochs: int, curve: bool
 ) -> dict[str, Any]:
@@ -82,15 +117,9 @@ def measure(
         `methods`: per method AUROC, precision at the planted number, shares of rare and common
         clean pairs lost, and the student's figures; `curve`: R@10 by number removed.
     """
-    rare, seed = rare_rows(corpus), stage.seed
-    held_out = hash_unit(corpus.clusters.tolist(), seed, "held out") < _HELD_OUT
-    held, held_rare = corpus.take(np.flatnonzero(held_out)), rare[held_out]
-    clean, rare = corpus.take(np.flatnonzero(~held_out)), rare[~held_out]
-    classes = dict(zip(clean.captions.tolist(), clean.categories.tolist(), strict=True))
-    spoilt, planted = plant(clean, kind, share, seed)
-    scored = run_score(spoilt, stage)
-    given = np.array([classes.get(caption, "") for caption in spoilt.captions.tolist()])
-    planting = Planting(spoilt, planted, scored, given, stage.proxies, seed, stage.epochs)
+    trial = set_up(corpus, kind, share, stage)
+    planting, rare, held = trial.planting, trial.rare, trial.held
+    spoilt, planted, scored = planting.corpus, planting.planted, planting.scored
     removed = int(planted.sum())
     whole = len(spoilt) * epochs
 
@@ -100,8 +129,8 @@ def measure(
             return {}
         rows = np.sort(np.argsort(values, kind="stable")[: len(values) - count])
         passes = round(whole / len(rows))
-        heads = train_student(spoilt, planting.fronts, rows, passes, seed + 100)
-        return judge_student(heads, held, held_rare)
+        heads = train_student(spoilt, planting.fronts, rows, passes, stage.seed + 100)
+        return judge_student(heads, held, trial.held_rare)
 
     found: dict[str, Any] = {"nothing": student(np.zeros(len(spoilt)), 0)}
     values = {name: np.nan_to_num(score(planting)) for name, score in METHODS.items()}
@@ -145,12 +174,12 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     methods = {}
     for name in results[0]["methods"]:
         rows = [result["methods"][name] for result in results]
-        methods[name] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
+        methods[name] = {key: mean_of([row[key] for row in rows]) for key in rows[0]}
         if "all" in rows[0]:
             for key, other, sign in (("gain", "nothing", 1), ("behind", "ours", -1)):
                 rivals = [result["methods"][other]["all"] for result in results]
                 pairs = zip(rows, rivals, strict=True)
-                methods[name][key] = _mean([sign * (row["all"] - rival) for row, rival in pairs])
+                methods[name][key] = mean_of([sign * (row["all"] - rival) for row, rival in pairs])
     for part in ("all", "rare") if methods["oracle"].get("all") else ():
         least, most = methods["nothing"][part][0], methods["oracle"][part][0]
         for row in methods.values():
@@ -161,18 +190,19 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(results),
         **{key: one[key] for key in ("pairs", "planted", "held_out")},
         **{
-            key: _mean([r[key] for r in results])
+            key: mean_of([r[key] for r in results])
             for key in ("share_estimated", "calibration_error")
         },
         "methods": methods,
         "curve": {
-            name: {count: _mean([r["curve"][name][count] for r in results]) for count in counts}
+            name: {count: mean_of([r["curve"][name][count] for r in results]) for count in counts}
             for name, counts in one["curve"].items()
         },
     }
 
 
-def _mean(values: list[float]) -> list[float]:
+def mean_of(values: list[float]) -> list[float]:
+    """Return mean and standard error, to four digits."""
     error = (
         float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
     )

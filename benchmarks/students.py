@@ -10,7 +10,14 @@ from curate.memorization.mismatch import normalise_caption
 from curate.models.proxy import Heads, HeadsShape, embed_pairs
 from curate.models.train import Front, Recipe, fit_front, train_heads
 
-__all__ = ["fit_fronts", "hits_at", "judge_student", "train_student"]
+__all__ = [
+    "fit_fronts",
+    "hits_at",
+    "judge_student",
+    "judge_vectors",
+    "spell_categories",
+    "train_student",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -75,12 +82,23 @@ def hits_at(queries: Array, targets: Array, captions: Array, count: int = _RETRI
     return found
 
 
-def judge_student(heads: Heads, held: Corpus, rare: Array) -> dict[str, float]:
+def spell_categories(held: Corpus) -> tuple[Array, list[str]]:
+    """Return the categories of the pairs and their names as captions."""
+    names = np.unique(held.categories)
+    return names, [str(name).replace("_", " ").lower() for name in names]
+
+
+def judge_vectors(
+    image: Array, text: Array, named: Array, held: Corpus, rare: Array
+) -> dict[str, float]:
     """Measure retrieval both ways and zero-shot classification on held-out pairs.
 
     Parameters
     ----------
-    heads : Heads
+    image, text : (N, W) float32, unit norm
+        Under a student.
+    named : (C, W) float32, unit norm
+        What `spell_categories` returns, under it.
     held : Corpus
     rare : (N,) bool
 
@@ -90,17 +108,21 @@ def judge_student(heads: Heads, held: Corpus, rare: Array) -> dict[str, float]:
         `all`, `rare`, `rest`: R@10, the mean of both ways; `zero_shot`: share of pictures
         nearest to the name of their own category.
     """
-    image, text = (part.astype(np.float32) for part in embed_pairs(heads, held.image, held.text))
     captions = np.array([normalise_caption(caption) for caption in held.captions.tolist()])
     hits = (hits_at(image, text, captions) + hits_at(text, image, captions).astype(float)) / 2
-    names = np.unique(held.categories)
-    spoken = [str(name).replace("_", " ").lower() for name in names]
-    # Only the texts of the pairs count: the images beside the names are never looked at.
-    named = embed_pairs(heads, held.image[: len(names)], embed_captions(spoken))[1]
-    chosen = names[(image @ named.astype(np.float32).T).argmax(1)]
+    chosen = spell_categories(held)[0][(image @ named.T).argmax(1)]
     return {
         "all": float(hits.mean()),
         "rare": float(hits[rare].mean()),
         "rest": float(hits[~rare].mean()),
         "zero_shot": float((chosen == held.categories).mean()),
     }
+
+
+def judge_student(heads: Heads, held: Corpus, rare: Array) -> dict[str, float]:
+    """See `judge_vectors`."""
+    spoken = spell_categories(held)[1]
+    image, text = (part.astype(np.float32) for part in embed_pairs(heads, held.image, held.text))
+    # Only the texts of the pairs count: the images beside the names are never looked at.
+    named = embed_pairs(heads, held.image[: len(spoken)], embed_captions(spoken))[1]
+    return judge_vectors(image, text, named.astype(np.float32), held, rare)

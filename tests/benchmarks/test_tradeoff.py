@@ -1,0 +1,110 @@
+"""The plot's arithmetic, and a student that must do better on sound pairs."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmarks import tradeoff
+from benchmarks.tradeoff import Bench, read_pixels, summarize, write_table
+from benchmarks.trial import Corpus
+from curate.formats.pixels import make_thumbnail
+from tests.benchmarks.corpus import make_corpus
+
+HUES, LIGHTS = ("red", "green", "blue"), ("dark", "pale", "plain", "deep")
+
+
+def paint(number: int) -> tuple[str, Image.Image]:
+    """One of twelve colours over another, and their names."""
+    rng = np.random.default_rng(number)
+    places = rng.integers(12, size=2)
+    image = Image.new("RGB", (32, 32))
+    names = []
+    for half, place in enumerate(places.tolist()):
+        hue, light = place % 3, place // 3
+        colour = [(20, 120, 0, 60)[light]] * 3
+        colour[hue] = (120, 255, 255, 190)[light]
+        image.paste(tuple(colour), (0, 16 * half, 32, 16 * half + 16))
+        names.append(f"{LIGHTS[light]} {HUES[hue]}")
+    return f"{names[0]} over {names[1]}", image
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Corpus]:
+    out = tmp_path_factory.mktemp("out")
+    corpus = make_corpus(800)
+    captions, pictures = zip(*map(paint, range(800)), strict=True)
+    corpus = corpus.with_captions(np.arange(800), np.array(captions), corpus.text)
+    folder = out / "stages" / "embed.thumbnails-0" / "shards"
+    folder.mkdir(parents=True)
+    thumbnails = [make_thumbnail(picture, 32) for picture in pictures]
+    table = pa.table({"uid": corpus.uids.tolist(), "thumbnail": thumbnails})
+    pq.write_table(table.slice(0, 500), folder / "a.parquet")
+    pq.write_table(table.slice(500), folder / "b.parquet")
+    return out, corpus
+
+
+def test_pictures_are_found_by_uid(painted: tuple[Path, Corpus]) -> None:
+    out, corpus = painted
+    pixels = read_pixels(out, corpus.uids[[600, 3]], 32)
+    assert pixels.shape == (2, 3, 32, 32)
+    for picture, row in zip(pixels, (600, 3), strict=True):
+        wanted = np.asarray(paint(row)[1], int).transpose(2, 0, 1)
+        assert np.abs(picture - wanted).mean() < 12  # JPEG
+
+
+def test_students_learn_more_without_the_planted(painted: tuple[Path, Corpus]) -> None:
+    out, corpus = painted
+    bench = Bench(out, corpus, "swap", 0.4, 0, "small", 8)
+    planted = bench.trial.planting.planted
+    assert planted.mean() == pytest.approx(0.4, abs=0.01)
+    best = bench.student(bench.score("oracle"), 0.6)
+    worst = bench.student(-bench.score("oracle"), 0.6)
+    assert best["planted"] == 0
+    assert worst["planted"] == pytest.approx(0.4 / 0.6, abs=0.01)
+    assert best["loss"] < worst["loss"]
+    assert best["all"] > worst["all"] + 0.02
+    assert all(0 <= best[name] <= 1 for name in ("all", "rare", "rest", "zero_shot"))
+    again = Bench(out, corpus, "swap", 0.4, 0, "small", 8)
+    assert again.student(again.score("oracle"), 0.6) == best
+
+
+def test_memorization_comes_from_small_clips(
+    painted: tuple[Path, Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tradeoff, "_PROXIES", 2)
+    bench = Bench(*painted, "swap", 0.2, 1, "small", 8)
+    score = bench.score(tradeoff.MEMORIZATION)
+    assert score.shape == (len(bench.data.clusters),)
+    assert np.isfinite(score).all()
+    # Training on a pair raises its coherence.
+    assert score.mean() > 0.01
+
+
+def test_gains_are_told_seed_by_seed() -> None:
+    def row(all_: float) -> dict[str, float]:
+        return {"all": all_, "rare": all_ / 2, "rest": all_, "zero_shot": 0.5, "planted": 0.1}
+
+    results = {
+        (0, "nothing", 1.0): row(0.4),
+        (1, "nothing", 1.0): row(0.6),
+        (0, "ours", 0.8): row(0.5),
+        (1, "ours", 0.8): row(0.7),
+        (0, "random", 0.8): row(0.3),
+    }
+    summary = summarize(results)
+    ours, random = summary["0.8"]["ours"], summary["0.8"]["random"]
+    assert ours["seeds"] == 2
+    assert ours["all"] == [pytest.approx(0.6), pytest.approx(0.1)]
+    # Seeds differ by .2, yet the gain is certain.
+    assert ours["gain"] == [pytest.approx(0.1), pytest.approx(0)]
+    assert ours["rare_gain"] == [pytest.approx(0.05), pytest.approx(0)]
+    assert ours["behind"] == [0, 0]
+    assert random["gain"][0] == pytest.approx(-0.1)
+    assert random["behind"][0] == pytest.approx(0.2)
+    table = write_table(summary).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert "| 0.8 | ours | 2 | 0.600 ± 0.100 |" in table[-2]
