@@ -106,6 +106,24 @@ def set_up(corpus: Corpus, kind: str, share: float, stage: Score) -> Trial:
     return Trial(planting, rare[~held_out], held, rare[held_out])
 
 
+def judge_removal(badness: Array, planted: Array, rare: Array) -> dict[str, float]:
+    """Remove as many pairs as were planted, those of the highest values.
+
+    Returns
+    -------
+    dict
+        AUROC, precision among the removed, shares of rare and common clean pairs among them.
+    """
+    dropped = np.argsort(badness, kind="stable")[len(badness) - planted.sum() :]
+    lost = np.isin(np.arange(len(badness)), dropped) & ~planted
+    return {
+        "auroc": float(roc_auc_score(planted, badness)),
+        "precision": float(planted[dropped].mean()),
+        "rare_lost": float(lost[~planted & rare].mean()),
+        "common_lost": float(lost[~planted & ~rare].mean()),
+    }
+
+
 def measure(
     corpus: Corpus, kind: str, share: float, stage: Score, epochs: int, curve: bool
 ) -> dict[str, Any]:
@@ -135,15 +153,7 @@ def measure(
     found: dict[str, Any] = {"nothing": student(np.zeros(len(spoilt)), 0)}
     values = {name: np.nan_to_num(score(planting)) for name, score in METHODS.items()}
     for name, badness in values.items():
-        dropped = np.argsort(badness, kind="stable")[len(spoilt) - removed :]
-        lost = np.isin(np.arange(len(spoilt)), dropped) & ~planted
-        found[name] = {
-            "auroc": float(roc_auc_score(planted, badness)),
-            "precision": float(planted[dropped].mean()),
-            "rare_lost": float(lost[~planted & rare].mean()),
-            "common_lost": float(lost[~planted & ~rare].mean()),
-            **student(badness, removed),
-        }
+        found[name] = {**judge_removal(badness, planted, rare), **student(badness, removed)}
     curves = {
         name: {count: student(values[name], count)["all"] for count in _CURVE if count < len(rare)}
         for name in (_CURVE_METHODS if curve else ())

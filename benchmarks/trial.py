@@ -44,6 +44,8 @@ class Corpus:
     text : (N, E) float32
     concepts : Path
         Folder of the encoder's concepts, which may not exist.
+    shared : bool
+        Whether both vectors lie in one space, D = E.
     """
 
     uids: Array
@@ -56,14 +58,15 @@ class Corpus:
     image: Array
     text: Array
     concepts: Path
+    shared: bool = False
 
     def __len__(self) -> int:
         return len(self.uids)
 
     def take(self, rows: Array) -> "Corpus":
         """Choose rows."""
-        parts = {name: value[rows] for name, value in vars(self).items() if name != "concepts"}
-        return replace(self, **parts)
+        arrays = {name: v for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return replace(self, **{name: value[rows] for name, value in arrays.items()})
 
     def one_per_cluster(self) -> "Corpus":
         """Choose one row of each cluster, by hash."""
@@ -80,6 +83,10 @@ class Corpus:
         every, vectors = self.captions.astype(object), self.text.copy()
         every[rows], vectors[rows] = captions, text
         return replace(self, captions=every.astype(str), text=vectors)
+
+    def with_vectors(self, image: Array, text: Array) -> "Corpus":
+        """See the same pairs through another encoder, one space for both: (N, D) float32 each."""
+        return replace(self, image=image, text=text, concepts=Path("none"), shared=True)
 
     def with_pictures(self, rows: Array, image: Array) -> "Corpus":
         """Give rows other pictures, whose vectors are (len(rows), D), each its own cluster."""
@@ -212,6 +219,7 @@ def _lay_out(folder: str, corpus: Corpus, stage: Score) -> Room:
     """Write the tables that the stage reads."""
     folders = {name: f"{folder}/{name}" for name in (*_TABLES.values(), "score")}
     folders["score.memorization"] = f"{folder}/score.memorization"
+    origins = {**_TABLES, **({"clip_score": "embed.vectors"} if corpus.shared else {})}
     layout = []
     for start in range(0, len(corpus), _SHARD):
         part, name = corpus.take(np.arange(start, min(start + _SHARD, len(corpus)))), f"{start:07d}"
@@ -223,12 +231,14 @@ def _lay_out(folder: str, corpus: Corpus, stage: Score) -> Room:
             "text_emb": storage.vector_column(part.text, whole),
             "cluster_id": pa.array(part.clusters.tolist()),
         }
+        if corpus.shared:
+            columns["clip_score"] = pa.array((part.image * part.text).sum(1), pa.float32())
         for table in dict.fromkeys(_TABLES.values()):
-            own = {name: value for name, value in columns.items() if _TABLES[name] == table}
+            own = {name: value for name, value in columns.items() if origins[name] == table}
             content = pa.table({"uid": pa.array(part.uids.tolist()), **own})
             storage.commit_table(f"{folders[table]}/shards/{name}.parquet", content)
     storage.commit_json(f"{folders['ingest']}/layout.json", {"shards": layout})
     for extra in corpus.concepts.glob("*.npy"):
         storage.commit_array(f"{folder}/embed.vectors/concepts/{extra.name}", np.load(extra))
     tables = {"score", "score.memorization"}
-    return Room(stage, folders, dict(_TABLES), frozenset(tables))
+    return Room(stage, folders, origins, frozenset(tables))

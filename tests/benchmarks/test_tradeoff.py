@@ -3,48 +3,18 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from benchmarks import tradeoff
 from benchmarks.tradeoff import Bench, read_pixels, summarize, write_table
 from benchmarks.trial import Corpus
-from curate.formats.pixels import make_thumbnail
-from tests.benchmarks.corpus import make_corpus
-
-HUES, LIGHTS = ("red", "green", "blue"), ("dark", "pale", "plain", "deep")
-
-
-def paint(number: int) -> tuple[str, Image.Image]:
-    """One of twelve colours over another, and their names."""
-    rng = np.random.default_rng(number)
-    places = rng.integers(12, size=2)
-    image = Image.new("RGB", (32, 32))
-    names = []
-    for half, place in enumerate(places.tolist()):
-        hue, light = place % 3, place // 3
-        colour = [(20, 120, 0, 60)[light]] * 3
-        colour[hue] = (120, 255, 255, 190)[light]
-        image.paste(tuple(colour), (0, 16 * half, 32, 16 * half + 16))
-        names.append(f"{LIGHTS[light]} {HUES[hue]}")
-    return f"{names[0]} over {names[1]}", image
+from tests.benchmarks.corpus import make_painted, paint
 
 
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Corpus]:
     out = tmp_path_factory.mktemp("out")
-    corpus = make_corpus(800)
-    captions, pictures = zip(*map(paint, range(800)), strict=True)
-    corpus = corpus.with_captions(np.arange(800), np.array(captions), corpus.text)
-    folder = out / "stages" / "embed.thumbnails-0" / "shards"
-    folder.mkdir(parents=True)
-    thumbnails = [make_thumbnail(picture, 32) for picture in pictures]
-    table = pa.table({"uid": corpus.uids.tolist(), "thumbnail": thumbnails})
-    pq.write_table(table.slice(0, 500), folder / "a.parquet")
-    pq.write_table(table.slice(500), folder / "b.parquet")
-    return out, corpus
+    return out, make_painted(out, 800)
 
 
 def test_pictures_are_found_by_uid(painted: tuple[Path, Corpus]) -> None:
