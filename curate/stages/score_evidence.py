@@ -39,6 +39,11 @@ ALIGNMENT = (
     "holdout_gap_stderr",
 )
 
+#: Rarity that needs no protection. Without the feature 5.0 and 4.5 % of the rare clean pairs of
+#: emoji and openclipart are lost among 20 % swaps, with it 3.8 and 3.7 %, and precision rises. From
+#: 0 it is 3.3 and 3.7 %, but of 900 pairs fewer swaps are found.
+_PROTECTED = 0.6
+
 
 def gather_shard(room: Room, task: str) -> dict[str, float]:
     """Commit alignments, isolation and evidence of a shard, and its part of the detector's fit."""
@@ -204,5 +209,10 @@ def draw_folds(clusters: Array, seed: int) -> Array:
 
 
 def read_features(table: pa.Table) -> Array:
-    """Stack the evidence of a table: (N, F) float32, NaN where a row has none."""
-    return np.stack([table[name].to_numpy() for name in FEATURES], axis=1)
+    """Stack what the detector judges by: (N, F) float32, NaN where a row has no evidence.
+
+    `FEATURES`, then how rare the sample is beyond `_PROTECTED`: where data are thin all other
+    evidence is poor, and would call the sound ones mismatched.
+    """
+    rarity = np.maximum(table["rarity"].to_numpy() - np.float32(_PROTECTED), 0)
+    return np.stack([*(table[name].to_numpy() for name in FEATURES), rarity], axis=1)
