@@ -124,6 +124,7 @@ REASONS: dict[str, str] = {
     "outside_fraction": "ranks below select.keep_fraction",
     "duplicate_bytes": "equal bytes to a kept sample",
     "duplicate_semantic": "cosine to a kept sample reaches dedup.min_cosine",
+    "caption_repeated": "more kept samples have this caption than select.max_caption_repeats",
 }
 
 

@@ -261,7 +261,7 @@ def test_parquet_without_images(tmp_path: Path) -> None:
         ("min_cosine=0.9", "must be STAGE.FIELD=VALUE"),
         ("dedup.min_cosine=high", "dedup.min_cosine must be"),
         ("dedup.min_cosine=95", "got 95"),
-        ("dedup.probes=1.5", "dedup.probes must be"),
+        ("dedup.max_probes=1.5", "dedup.max_probes must be"),
         ("embed.max_pixels=0", "embed.max_pixels must be greater than or equal to 1; got 0"),
         ("ingest.shard_samples=[1]", "ingest.shard_samples must be"),
         ("select.thresholds=[{column: caption, min: 1}]", "a numeric column"),

@@ -48,7 +48,7 @@ def refusal(name: str, settings: tuple[tuple[str, str, Any], ...] = ()) -> str:
             "ingest: {}\nembed: {}\ndedup: {min_cosine: high}",
             ["dedup.min_cosine must be", "valid number", "got 'high'", "cosine of image_emb"],
         ),
-        ("ingest: {}\nembed: {}\ndedup: {probes: 2.5}", ["dedup.probes", "valid integer"]),
+        ("ingest: {}\nembed: {}\ndedup: {max_probes: 2.5}", ["dedup.max_probes", "valid integer"]),
         ("ingest: {}\nembed: {}\ndedup: {min_cosine: .nan}", ["dedup.min_cosine"]),
         ("ingest: {}\nembed: {max_pixels: .inf}", ["embed.max_pixels"]),
         ("ingest: {format: zip}", ["ingest.format", "'webdataset'", "got 'zip'"]),
@@ -68,8 +68,8 @@ def refusal(name: str, settings: tuple[tuple[str, str, Any], ...] = ()) -> str:
         ("{}", ["must be a mapping of stages"]),
         ("ingest: {}\nembed: {}\ningest: {}", ["line 3", "'ingest' is given twice"]),
         (
-            "ingest: {}\nembed: {}\ndedup:\n  probes: 2\n  probes: 3",
-            ["line 5", "'probes' is given twice"],
+            "ingest: {}\nembed: {}\ndedup:\n  seed: 2\n  seed: 3",
+            ["line 5", "'seed' is given twice"],
         ),
         ("ingest: {", ["line 1", "must be valid YAML"]),
         ("ingest: !!python/object/apply:os.system [ls]", ["must be valid YAML"]),
@@ -133,18 +133,18 @@ def test_a_column_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_settings_override_the_file(tmp_path: Path) -> None:
-    name = write(tmp_path, "ingest: {}\nembed: {}\ndedup:\n  probes: 2")
+    name = write(tmp_path, "ingest: {}\nembed: {}\ndedup:\n  seed: 2")
     pipeline = load_pipeline(
-        name, [("dedup", "probes", 3), ("dedup", "min_cosine", 0.5), ("ingest", "inputs", ["/a"])]
+        name, [("dedup", "seed", 3), ("dedup", "min_cosine", 0.5), ("ingest", "inputs", ["/a"])]
     )
-    assert pipeline.stages[2].model_dump()["probes"] == 3
+    assert pipeline.stages[2].model_dump()["seed"] == 3
     assert pipeline.stages[2].model_dump()["min_cosine"] == 0.5
     text = yaml.safe_load(pipeline.text)
     # The text is the recipe: what was set is in it, where this run's input lies is not.
-    assert text == {"ingest": {}, "embed": {}, "dedup": {"probes": 3, "min_cosine": 0.5}}
+    assert text == {"ingest": {}, "embed": {}, "dedup": {"seed": 3, "min_cosine": 0.5}}
     assert load_pipeline(write(tmp_path, pipeline.text)).stages[1:] == pipeline.stages[1:]
     assert "has no stage 'dedupe'. Did you mean dedup?" in refusal(name, (("dedupe", "seed", 1),))
-    assert "Did you mean probes?" in refusal(name, (("dedup", "probe", 1),))
+    assert "Did you mean max_probes?" in refusal(name, (("dedup", "max_probe", 1),))
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ ALLOWED = {
     "embed.vectors": r"precision\.json|concepts/(classifier|names)\.npy",
     "embed.pixels": "",
     "embed.thumbnails": "",
-    "dedup": r"(centroids|recall_rows|recall_vectors|labels|sizes|cluster_uids)\.npy|groups\.json"
-    rf"|cells/\d{{5}}\.npy|edges/\d{{6}}-\d{{6}}\.parquet|recall/{SHARD}",
+    "dedup": r"(nodes|centroids|recall_rows|recall_vectors|sizes|cluster_uids)\.npy"
+    rf"|(probes|groups)\.json|cells/\d{{5}}\.npy|edges/\d{{6}}-\d{{6}}\.parquet|recall/{SHARD}",
     "select": r"decisions\.parquet|summary\.json",
     "write": rf"layout\.json|decisions/{SHARD}",
     "report": r"(report/)?index\.html",

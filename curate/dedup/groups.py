@@ -1,12 +1,21 @@
 """Edges to groups, and the walk that decides which of them stay."""
 
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["MAX_CLUSTER_SHARE", "equal_value_edges", "label_clusters", "unique_pairs", "walk"]
+__all__ = [
+    "MAX_CLUSTER_SHARE",
+    "Walk",
+    "equal_value_edges",
+    "label_clusters",
+    "label_components",
+    "unique_pairs",
+    "walk",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -51,8 +60,8 @@ def equal_value_edges(values: Array, valid: Array) -> tuple[Array, Array]:
     return first[first != rows], rows[first != rows]
 
 
-def label_clusters(count: int, left: Array, right: Array, order: Array) -> Array:
-    """Label connected components; oversized ones are cut into stars.
+def label_components(count: int, left: Array, right: Array, order: Array) -> Array:
+    """Label connected components by their lowest-ranked row.
 
     Parameters
     ----------
@@ -60,6 +69,26 @@ def label_clusters(count: int, left: Array, right: Array, order: Array) -> Array
         Number of samples N.
     left, right : (E,) int64
         Edges.
+    order : (N,) int64
+        Rank of each sample.
+
+    Returns
+    -------
+    (N,) int64
+    """
+    graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
+    return _lowest_of(connected_components(graph, directed=False)[1], order)
+
+
+def label_clusters(nodes: Array, left: Array, right: Array, order: Array) -> Array:
+    """Label connected components; oversized ones are cut into stars.
+
+    Parameters
+    ----------
+    nodes : (N,) int64
+        The row that stands for each sample's equals; they stay together.
+    left, right : (E,) int64
+        Edges between rows that stand for others.
     order : (N,) int64
         Rank of each sample (by uid): decides labels and the centres of stars, so that neither
         depends on the order of rows.
@@ -69,35 +98,54 @@ def label_clusters(count: int, left: Array, right: Array, order: Array) -> Array
     (N,) int64
         Row of the lowest-ranked sample of each sample's cluster.
     """
+    count = len(nodes)
     graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
-    _, component = connected_components(graph, directed=False)
-    sizes = np.bincount(component)
+    component = connected_components(graph, directed=False)[1]
+    sizes = np.bincount(component[nodes], minlength=count)
     limit = max(_MIN_CUT_SIZE, int(MAX_CLUSTER_SHARE * count))
-    labels = _lowest_of(component, order)
-    if sizes.max(initial=0) <= limit:
-        return labels
-    chained = sizes[component] > limit
+    chained = (sizes[component] > limit) & (nodes == np.arange(count))
     neighbours = coo_matrix(
         (np.ones(2 * len(left), np.int8), (np.r_[left, right], np.r_[right, left])),
         shape=(count, count),
     ).tocsr()
     free = chained.copy()
     by_degree = np.lexsort((order, -np.diff(neighbours.indptr)))
-    for centre in by_degree[chained[by_degree]]:
-        if not free[centre]:
-            continue
-        around = neighbours.indices[neighbours.indptr[centre] : neighbours.indptr[centre + 1]]
-        star = np.append(around[free[around]], centre)
-        labels[star] = star[np.argmin(order[star])]
-        free[star] = False
-    return labels
+    for star, centre in enumerate(by_degree[chained[by_degree]], start=len(sizes)):
+        if free[centre]:
+            around = neighbours.indices[neighbours.indptr[centre] : neighbours.indptr[centre + 1]]
+            taken = np.append(around[free[around]], centre)
+            component[taken] = star
+            free[taken] = False
+    return _lowest_of(component[nodes], order)
 
 
 def _lowest_of(component: Array, order: Array) -> Array:
     """Row of the lowest-ranked member of each row's component."""
     by_rank = np.argsort(order, kind="stable")
-    _, first = np.unique(component[by_rank], return_index=True)
-    return by_rank[first][component]
+    _, first, inverse = np.unique(component[by_rank], return_index=True, return_inverse=True)
+    labels = np.empty(len(order), np.int64)
+    labels[by_rank] = by_rank[first][inverse]
+    return labels
+
+
+class Walk(NamedTuple):
+    """What `walk` decided.
+
+    Parameters
+    ----------
+    kept : (N,) bool
+    representative : (N,) int64
+        Row of the kept sample that an eligible row duplicates; -1 where it duplicates none.
+    cosine : (N,) float32
+        To the representative; 1 for equals, NaN where there is none.
+    exact : (N,) bool
+        Whether the duplicate is of equal bytes.
+    """
+
+    kept: Array
+    representative: Array
+    cosine: Array
+    exact: Array
 
 
 def walk(
@@ -106,8 +154,11 @@ def walk(
     left: Array,
     right: Array,
     cosines: Array,
+    nodes: Array,
     exact_group: Array,
-) -> tuple[Array, Array, Array]:
+    kinds: Array | None = None,
+    quota: int = 0,
+) -> Walk:
     """Keep samples in order of preference unless they reach one already kept.
 
     Parameters
@@ -117,19 +168,20 @@ def walk(
     eligible : (N,) bool
         Rows that passed all other rules.
     left, right : (E,) int64
-        Semantic edges.
+        Semantic edges between rows that stand for others.
     cosines : (E,) float32
+    nodes : (N,) int64
+        The row that stands for each sample's equals.
     exact_group : (N,) int64
         Rows of equal bytes share a number >= 0; -1 where there are no bytes.
+    kinds : (N,) int64, optional
+        At most `quota` samples of equal kind are kept; of those below 0 all. What comes too late is
+        neither kept nor a duplicate, and keeps nothing else away.
+    quota : int
 
     Returns
     -------
-    representative : (N,) int64
-        Row of the kept sample that an eligible row duplicates; -1 if kept or not eligible.
-    cosine : (N,) float32
-        To the representative; 1 for equal bytes, NaN where there is none.
-    exact : (N,) bool
-        Whether the duplicate is of equal bytes.
+    Walk
     """
     count = len(eligible)
     ends = np.r_[left, right]
@@ -141,25 +193,31 @@ def walk(
     rank[preference] = np.arange(count)
     representative = np.full(count, -1, np.int64)
     cosine = np.full(count, np.nan, np.float32)
-    exact = np.zeros(count, bool)
-    kept = np.zeros(count, bool)
-    kept_of_group: dict[int, int] = {}
+    places = Counter[int]()
+    # By the row that stands for equals: which of them is kept.
+    kept = np.full(count, -1, np.int64)
     for row in preference[eligible[preference]]:
-        group = int(exact_group[row])
-        twin = kept_of_group.get(group, -1) if group >= 0 else -1
-        if twin >= 0:
-            representative[row], cosine[row], exact[row] = twin, 1.0, True
+        node = nodes[row]
+        if kept[node] >= 0:
+            representative[row], cosine[row] = kept[node], 1.0
             continue
-        if linked[row]:
-            span = slice(graph.indptr[row], graph.indptr[row + 1])
-            reached = kept[graph.indices[span]]
+        if linked[node]:
+            span = slice(graph.indptr[node], graph.indptr[node + 1])
+            near = kept[graph.indices[span]]
+            reached = near >= 0
             if reached.any():
                 # The nearest of the kept; of equally near ones the most preferred.
-                near, close = graph.indices[span][reached], graph.data[span][reached]
+                near, close = near[reached], graph.data[span][reached]
                 best = np.lexsort((rank[near], -close))[0]
                 representative[row], cosine[row] = near[best], close[best]
                 continue
-        kept[row] = True
-        if group >= 0:
-            kept_of_group[group] = int(row)
-    return representative, cosine, exact
+        if kinds is not None and kinds[row] >= 0:
+            places[int(kinds[row])] += 1
+            if places[int(kinds[row])] > quota:
+                continue
+        kept[node] = row
+    exact = (representative >= 0) & (exact_group >= 0)
+    exact &= exact_group == exact_group[representative]
+    stays = np.zeros(count, bool)
+    stays[kept[kept >= 0]] = True
+    return Walk(stays, representative, cosine, exact)

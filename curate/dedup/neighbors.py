@@ -4,12 +4,13 @@ Vectors come as stored (float16) and are compared in float32 after normalising a
 threshold means the same at any storage precision.
 """
 
+from hashlib import blake2b
 from typing import Any
 
 import faiss
 import numpy as np
 
-__all__ = ["assign_cells", "nearest", "pairs_within", "train_centroids", "unit_rows"]
+__all__ = ["assign_cells", "nearest", "pairs_within", "row_digests", "train_centroids", "unit_rows"]
 
 Array = np.ndarray[Any, Any]
 
@@ -28,6 +29,17 @@ def unit_rows(vectors: Array) -> Array:
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def row_digests(vectors: Array) -> Array:
+    """Digest rows: (N,) S32, equal for rows of equal bits.
+
+    Parameters
+    ----------
+    vectors : (N, D) any dtype
+    """
+    rows = np.ascontiguousarray(vectors).view(np.uint8).reshape(len(vectors), -1)
+    return np.array([blake2b(row.data, digest_size=16).hexdigest() for row in rows], "S32")
 
 
 def train_centroids(sample: Array, cells: int, seed: int, threads: int = 1) -> Array:

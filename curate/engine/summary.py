@@ -84,6 +84,8 @@ def _describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[st
             f"Duplicate pairs found, of those that brute force finds: {recall['recall']:.2%} "
             f"({recall['rows']} samples)"
         )
+        if not recall["reached"]:
+            lines.append("Warning: that is below dedup.target_recall; raise dedup.max_probes")
     detector = facts.get("score", {}).get("mismatch", {})
     if detector.get("share") is not None:
         lines.append(

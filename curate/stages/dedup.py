@@ -21,7 +21,7 @@ from curate.formats.pixels import read_thumbnail
 from curate.memorization.folds import hash_unit
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 
-__all__ = ["Dedup", "read_edges", "shard_starts"]
+__all__ = ["Dedup", "read_edges", "read_nodes", "shard_starts"]
 
 Array = np.ndarray[Any, Any]
 
@@ -31,9 +31,9 @@ _ONE_CELL_SAMPLES = 2000
 _TRAIN_PER_CELL = 64
 #: Samples whose home is in the cells of one search task: 16 k visitors of 1280 float32 are 80 MB.
 _TASK_SAMPLES = 2048
-#: Rows whose neighbours are also found by brute force, to measure recall; confirming their pairs
-#: costs more than the search itself.
-_RECALL_ROWS = 300
+#: Samples whose neighbours are also found by brute force, to choose the probes and measure recall;
+#: fewer where pixels are asked, since confirming their pairs costs more than the search itself.
+_RECALL_ROWS, _RECALL_ROWS_PIXELS = 4096, 400
 
 
 class Dedup(Stage):
@@ -58,7 +58,16 @@ class Dedup(Stage):
         ge=0,
         le=255,
     )
-    probes: int = Field(8, description="cells searched for every vector", ge=1, le=256)
+    target_recall: float = Field(
+        0.999,
+        description="share of a sample's copies to find, on average over samples that have any; "
+        "decides how many cells are searched for every vector",
+        gt=0,
+        le=1,
+    )
+    max_probes: int = Field(
+        32, description="cells searched for every vector, at most", ge=1, le=256
+    )
     seed: int = Field(0, description="draws the samples for centroids and recall")
 
     @property
@@ -74,10 +83,12 @@ class Dedup(Stage):
 
     def steps(self) -> tuple[Step, ...]:
         return (
+            Step("collapse", _collapse, one_task),
             Step("centroids", _train, one_task),
             Step("cells", _assign, shard_tasks),
-            Step("search", _search, _search_tasks),
             Step("recall", _recall, shard_tasks),
+            Step("probes", _choose_probes, one_task),
+            Step("search", _search, _search_tasks),
             Step("groups", _group, one_task),
             Step("table", _write_shard, shard_tasks),
         )
@@ -108,6 +119,14 @@ def _vectors(room: Room, shard: str) -> tuple[Array, Array]:
     return vectors, valid & np.isfinite(norms) & (norms > 0)
 
 
+def _searched(room: Room, shard: str) -> tuple[Array, Array]:
+    """As `_vectors`, but only one of equal samples counts."""
+    vectors, valid = _vectors(room, shard)
+    start = shard_starts(room)[room.shards().index(shard)]
+    own = np.arange(start, start + len(vectors))
+    return vectors, valid & (read_nodes(room)[own] == own)
+
+
 def _hash_ranks(room: Room, shard: str, purpose: str) -> Array:
     """(N,) float64, uniform, a function of seed and uid alone."""
     uids = room.read(shard, [])["uid"].to_pylist()
@@ -119,7 +138,7 @@ def _draw(room: Room, count: int, purpose: str) -> tuple[Array, Array]:
     starts = shard_starts(room)
     ranks, rows, parts = [], [], []
     for shard, start in zip(room.shards(), starts, strict=False):
-        vectors, valid = _vectors(room, shard)
+        vectors, valid = _searched(room, shard)
         hashes = _hash_ranks(room, shard, purpose)
         # No shard can give more than all of the draw; this bounds what is held.
         chosen = np.flatnonzero(valid)
@@ -145,6 +164,46 @@ def _smallest(
     )
 
 
+def _collapse(room: Room, task: str) -> dict[str, float]:
+    """Commit which samples are equal: they are searched once, and their pairs never counted.
+
+    Equal are equal bytes, and equal vectors where pixels are not asked.
+    """
+    from curate.dedup.neighbors import row_digests
+
+    uids, digests, vectors, usable = [], [], [], []
+    for shard in room.shards():
+        table = room.read(shard, ["sha256"])
+        uids.append(table["uid"].to_numpy(zero_copy_only=False).astype("S32"))
+        digests.append(_digests(table["sha256"]))
+        found, valid = _vectors(room, shard)
+        usable.append(valid)
+        if not _stage(room).asks_pixels:
+            vectors.append(np.where(valid, row_digests(found), b""))
+    valid = np.concatenate(usable)
+    columns = [np.concatenate(parts) for parts in (digests, vectors) if parts]
+    edges = [groups.equal_value_edges(keys, keys != b"") for keys in columns]
+    left, right = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    names = np.concatenate(uids)
+    # The lowest uid of those that have a vector: shards may come in any order.
+    order = np.empty(len(names), np.int64)
+    order[np.lexsort((names, ~valid))] = np.arange(len(names))
+    nodes = groups.label_components(len(names), left, right, order)
+    storage.commit_array(room.path("nodes.npy"), nodes)
+    return {"samples": len(names), "equal": int((nodes != np.arange(len(nodes))).sum())}
+
+
+def _digests(column: pa.ChunkedArray) -> Array:
+    """(N,) S64: sha256 as text, empty where there is none."""
+    return np.asarray(column.fill_null("").to_numpy(zero_copy_only=False)).astype("S64")
+
+
+def read_nodes(room: Room) -> Array:
+    """(N,) int64: the row by which each row of an equal sample is searched."""
+    found: Array = storage.read_array(storage.join(room.folders["dedup"], "nodes.npy"))
+    return found
+
+
 def _train(room: Room, task: str) -> dict[str, float]:
     """Commit the centroids of the cells, and the queries that recall is measured with."""
     from curate.dedup.neighbors import train_centroids, unit_rows
@@ -158,7 +217,8 @@ def _train(room: Room, task: str) -> dict[str, float]:
     else:
         # Threads would change the order of sums, and with it the centroids.
         centroids = train_centroids(unit_rows(sample), cells, _stage(room).seed, threads=1)
-    queries, rows = _draw(room, _RECALL_ROWS, "recall")
+    asked = _RECALL_ROWS_PIXELS if _stage(room).asks_pixels else _RECALL_ROWS
+    queries, rows = _draw(room, asked, "recall")
     storage.commit_array(room.path("recall_vectors.npy"), queries)
     storage.commit_array(room.path("recall_rows.npy"), rows)
     storage.commit_array(room.path("centroids.npy"), centroids)
@@ -170,8 +230,8 @@ def _assign(room: Room, shard: str) -> dict[str, float]:
     from curate.dedup.neighbors import assign_cells, unit_rows
 
     centroids = storage.read_array(room.path("centroids.npy"))
-    vectors, valid = _vectors(room, shard)
-    probes = min(_stage(room).probes, len(centroids))
+    vectors, valid = _searched(room, shard)
+    probes = min(_stage(room).max_probes, len(centroids))
     cells = np.full((len(vectors), probes), -1, np.int32)
     if valid.any():
         found = assign_cells(unit_rows(vectors[valid]), centroids, probes, room.threads)
@@ -215,8 +275,9 @@ def _load_cells(room: Room, first: int, end: int) -> tuple[Array, Array, Array]:
 
     starts = shard_starts(room)
     vectors, rows, probes = [], [], []
+    count = storage.read_json(room.path("probes.json"))["probes"]
     for shard, start in zip(room.shards(), starts, strict=False):
-        cells = storage.read_array(room.path("cells", f"{shard}.npy"))
+        cells = storage.read_array(room.path("cells", f"{shard}.npy"))[:, :count]
         chosen = np.flatnonzero(((cells >= first) & (cells < end)).any(axis=1))
         found, _ = _vectors(room, shard)
         vectors.append(unit_rows(found[chosen]))
@@ -290,7 +351,7 @@ def _recall(room: Room, shard: str) -> dict[str, float]:
     queries = unit_rows(storage.read_array(room.path("recall_vectors.npy")))
     rows = storage.read_array(room.path("recall_rows.npy"))
     start = shard_starts(room)[room.shards().index(shard)]
-    vectors, valid = _vectors(room, shard)
+    vectors, valid = _searched(room, shard)
     base = np.flatnonzero(valid)
     left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
     if len(base) and len(queries):
@@ -302,12 +363,44 @@ def _recall(room: Room, shard: str) -> dict[str, float]:
     return {"samples": len(vectors)}
 
 
-def _measure_recall(room: Room, left: Array, right: Array, total: int) -> dict[str, Any]:
+def _choose_probes(room: Room, task: str) -> dict[str, float]:
+    """Commit how many cells to search: the fewest by which brute force's pairs are found."""
+    left, right, _ = read_edges(room, "recall")
+    most = min(_stage(room).max_probes, len(storage.read_array(room.path("centroids.npy"))))
+    chosen = 1
+    if len(left):
+        cells = _cells_of(room, np.unique(np.r_[left, right]))
+        first, second = (np.stack([cells[row] for row in side.tolist()]) for side in (left, right))
+        for chosen in range(1, most + 1):
+            found = _meet(first, second, chosen)
+            if _average_recall(room, left, right, found)["recall"] >= _stage(room).target_recall:
+                break
+    storage.commit_json(room.path("probes.json"), {"probes": chosen})
+    return {"probes": chosen}
+
+
+def _cells_of(room: Room, rows: Array) -> dict[int, Array]:
+    """The cells of some rows, nearest first."""
+    found: dict[int, Array] = {}
+    for shard, (start, end) in zip(room.shards(), pairwise(shard_starts(room)), strict=True):
+        inside = rows[(rows >= start) & (rows < end)]
+        if len(inside):
+            cells = storage.read_array(room.path("cells", f"{shard}.npy"))
+            found |= dict(zip(inside.tolist(), cells[inside - start], strict=True))
+    return found
+
+
+def _meet(left: Array, right: Array, probes: int) -> Array:
+    """Whether either end of a pair visits the other's home: (E,) bool from (E, C) cells."""
+    forth = (left[:, :probes] == right[:, :1]).any(1)
+    found: Array = forth | (right[:, :probes] == left[:, :1]).any(1)
+    return found
+
+
+def _average_recall(room: Room, left: Array, right: Array, found: Array) -> dict[str, Any]:
     """Macro-average over sampled rows that have a neighbour of the share of them that was found."""
-    true_left, true_right, _ = read_edges(room, "recall")
-    found = np.isin(true_left * total + true_right, left * total + right)
     queries = np.asarray(storage.read_array(room.path("recall_rows.npy")))
-    ends = np.r_[true_left, true_right]
+    ends = np.r_[left, right]
     asked = np.isin(ends, queries)
     _, row = np.unique(ends[asked], return_inverse=True)
     if len(row) == 0:
@@ -317,30 +410,35 @@ def _measure_recall(room: Room, left: Array, right: Array, total: int) -> dict[s
     return {"rows": len(shares), "recall": float(shares.mean()), "stderr": stderr}
 
 
+def _measure_recall(room: Room, left: Array, right: Array, total: int) -> dict[str, Any]:
+    """Of the pairs that brute force finds, how many are among the edges."""
+    true_left, true_right, _ = read_edges(room, "recall")
+    found = np.isin(true_left * total + true_right, left * total + right)
+    measured = _average_recall(room, true_left, true_right, found)
+    # Where nothing has a neighbour nothing was missed.
+    reached = measured["recall"] is None or measured["recall"] >= _stage(room).target_recall
+    probes = storage.read_json(room.path("probes.json"))["probes"]
+    return {**measured, "reached": reached, "probes": probes}
+
+
 def _group(room: Room, task: str) -> dict[str, float]:
     """Commit cluster labels of all rows, and what `run.json` says about them."""
-    uids, hashes = [], []
-    for shard in room.shards():
-        table = room.read(shard, ["sha256"])
-        uids.append(table["uid"].to_numpy(zero_copy_only=False))
-        hashes.append(table["sha256"].to_numpy(zero_copy_only=False))
-    names, digests = np.concatenate(uids).astype("S32"), np.concatenate(hashes)
-    present = np.array([digest is not None for digest in digests], bool)
-    filled = np.where(present, digests, "").astype("S64")
+    names = np.concatenate(
+        [room.read(shard, [])["uid"].to_numpy(zero_copy_only=False) for shard in room.shards()]
+    ).astype("S32")
     total = len(names)
     left, right, _ = read_edges(room, "edges")
-    first, other = groups.equal_value_edges(filled, present)
+    nodes = read_nodes(room)
     rank = np.empty(total, np.int64)
     rank[np.argsort(names, kind="stable")] = np.arange(total)
-    labels = groups.label_clusters(total, np.r_[left, first], np.r_[right, other], rank)
+    labels = groups.label_clusters(nodes, left, right, rank)
     sizes = np.bincount(labels, minlength=total)
-    storage.commit_array(room.path("labels.npy"), labels)
     storage.commit_array(room.path("sizes.npy"), sizes[labels].astype(np.int32))
     storage.commit_array(room.path("cluster_uids.npy"), names[labels])
     storage.commit_json(
         room.path("groups.json"),
         {
-            "edges": {"bytes": len(first), "semantic": len(left)},
+            "edges": {"equal": int((nodes != np.arange(total)).sum()), "semantic": len(left)},
             "clusters": int((sizes > 1).sum()),
             "largest_cluster": int(sizes.max(initial=0)),
             "recall": _measure_recall(room, left, right, total),

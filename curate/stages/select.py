@@ -15,7 +15,7 @@ from curate.memorization.mismatch import RUNGS
 from curate.memorization.rarity import RARE
 from curate.schema import COLUMNS, REASONS, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
-from curate.stages.dedup import read_edges, shard_starts
+from curate.stages.dedup import read_edges, read_nodes, shard_starts
 from curate.stages.score_inputs import read_phantoms
 
 __all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
@@ -32,6 +32,8 @@ _DECISION = (
     "duplicate_level",
     "captions",
 )
+#: Cosines at which the kept are counted again.
+_STRICTER = (0.85, 0.9, 0.95, 0.98, 0.99)
 _PREFERENCES = {"mismatch": "mismatch_probability", "clip_score": "clip_score"}
 
 
@@ -83,6 +85,9 @@ class Select(Stage):
     )
     max_mismatch_rate: float | None = Field(
         None, description="expected share of mismatched pairs among the kept", ge=0, le=1
+    )
+    max_caption_repeats: int | None = Field(
+        None, description="kept samples that may have one caption, copies not counted", ge=1
     )
     min_caption_information: float | None = Field(
         None, description="captions that say less are dropped", ge=0, le=1
@@ -155,17 +160,36 @@ class _Copies:
 
     order: Array
     edges: tuple[Array, Array, Array]
+    nodes: Array
     byte_groups: Array
+    captions: Array | None
+    quota: int
 
-    def walk(self, eligible: Array) -> tuple[Array, Array, Array]:
-        """Representative, cosine and whether of equal bytes: see `groups.walk`."""
-        return groups.walk(self.order, eligible, *self.edges, self.byte_groups)
+    def walk(self, eligible: Array, min_cosine: float = -1) -> groups.Walk:
+        """See `groups.walk`; edges below a cosine do not count."""
+        near = self.edges[2] >= min_cosine
+        left, right, cosines = (part[near] for part in self.edges)
+        limits = (self.nodes, self.byte_groups, self.captions, self.quota)
+        return groups.walk(self.order, eligible, left, right, cosines, *limits)
 
 
 def _read_copies(room: Room, table: pa.Table, order: Array) -> _Copies:
-    edges = read_edges(room, "edges") if room.has("cluster_id") else _NO_EDGES
+    quota = _stage(room).max_caption_repeats
+    captions = None if quota is None else _caption_codes(table["caption"].to_pylist())
+    limits = (captions, quota or 0)
+    if not room.has("cluster_id"):
+        none = np.full(len(table), -1)
+        return _Copies(order, _NO_EDGES, np.arange(len(table)), none, *limits)
     known = _byte_groups(table["sha256"])
-    return _Copies(order, edges, known if room.has("cluster_id") else np.full_like(known, -1))
+    return _Copies(order, read_edges(room, "edges"), read_nodes(room), known, *limits)
+
+
+def _caption_codes(captions: list[str | None]) -> Array:
+    """(N,) int64: equal for captions equal up to case and white space, -1 where there is none."""
+    codes: dict[str, int] = {}
+    return np.array(
+        [-1 if c is None else codes.setdefault(_fold(c), len(codes)) for c in captions], np.int64
+    )
 
 
 _NO_EDGES = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -187,11 +211,13 @@ def _decide(room: Room, task: str) -> dict[str, float]:
         facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
         facts["mismatch"] |= _calibrate(room, table, eligible, facts["mismatch"]["max_probability"])
         eligible = eligible & ~failed["mismatched"]
-    representative, cosine, exact = copies.walk(eligible)
+    keep, representative, cosine, exact = copies.walk(eligible)
     if room.has("cluster_id"):
         failed["duplicate_bytes"] = (representative >= 0) & exact
         failed["duplicate_semantic"] = (representative >= 0) & ~exact
-    keep = eligible & (representative < 0)
+        facts["what_if"] = _what_if(copies, eligible)
+    if stage.max_caption_repeats is not None:
+        failed["caption_repeated"] = eligible & ~keep & (representative < 0)
     captions = table["caption"].to_pylist()
     decisions = {
         "uid": table["uid"],
@@ -265,7 +291,7 @@ def _mismatch_rule(
         # A sample without a score cannot be judged by it; `unscored` says how many there are.
         failed["mismatched"] = np.nan_to_num(probability, nan=-1.0) > limit
         sound = eligible & ~failed["mismatched"]
-        kept = probability[sound & (copies.walk(sound)[0] < 0)]
+        kept = probability[copies.walk(sound).kept]
         scored = kept[~np.isnan(kept)]
         if len(scored) == 0 or scored.mean() <= rate:
             break
@@ -292,6 +318,16 @@ def _calibrate(room: Room, table: pa.Table, eligible: Array, limit: float) -> di
         "rare_dropped": _share(dropped[scored & (rarity >= RARE)]),
         "common_dropped": _share(dropped[scored & (rarity < RARE)]),
     }
+
+
+def _what_if(copies: _Copies, eligible: Array) -> list[dict[str, float]]:
+    """Tell how many samples a stricter `dedup.min_cosine` would have kept, of the same edges."""
+    least = copies.edges[2].min(initial=1)
+    return [
+        {"min_cosine": cosine, "kept": int(copies.walk(eligible, cosine).kept.sum())}
+        for cosine in _STRICTER
+        if cosine > least
+    ]
 
 
 def _share(values: Array) -> float | None:

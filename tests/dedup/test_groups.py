@@ -8,12 +8,15 @@ from curate.dedup.groups import (
     MAX_CLUSTER_SHARE,
     equal_value_edges,
     label_clusters,
+    label_components,
     unique_pairs,
     walk,
 )
 
 Array = np.ndarray[Any, Any]
 Neighbours = list[dict[int, float]]
+
+_NO_EDGES = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 def random_edges(rng: np.random.Generator, count: int, edges: int) -> tuple[Array, Array, Array]:
@@ -28,6 +31,29 @@ def neighbours_of(count: int, left: Array, right: Array, cosines: Array) -> Neig
     for a, b, cosine in zip(left.tolist(), right.tolist(), cosines.tolist(), strict=True):
         around[a][b] = around[b][a] = cosine
     return around
+
+
+def draw_equals(rng: np.random.Generator, count: int, share: float) -> tuple[Array, Array]:
+    """Give some rows equals: their groups, -1 for none, and the row that stands for each."""
+    group = np.where(rng.random(count) < share, rng.integers(0, 12, count), -1)
+    nodes = np.arange(count)
+    for number in range(12):
+        members = np.flatnonzero(group == number)
+        if len(members):
+            nodes[members] = rng.choice(members)
+    return group, nodes
+
+
+def spread(nodes: Array, left: Array, right: Array, cosines: Array) -> tuple[Array, Array, Array]:
+    """All pairs that edges between rows that stand for others stand for."""
+    pairs = [
+        (one, other, cosine)
+        for a, b, cosine in zip(left, right, cosines, strict=True)
+        for one in np.flatnonzero(nodes == a)
+        for other in np.flatnonzero(nodes == b)
+    ]
+    ends = np.array([pair[:2] for pair in pairs], np.int64).reshape(-1, 2)
+    return unique_pairs(ends[:, 0], ends[:, 1], np.array([p[2] for p in pairs], np.float32))
 
 
 def components(around: Neighbours) -> Iterator[set[int]]:
@@ -108,16 +134,57 @@ def test_labels_are_the_lowest_of_each_component(seed: int) -> None:
     count = 300
     left, right, cosines = random_edges(rng, count, 120)
     order = rng.permutation(count)
-    labels = label_clusters(count, left, right, order)
+    labels = label_clusters(np.arange(count), left, right, order)
     for members in components(neighbours_of(count, left, right, cosines)):
         lowest = min(members, key=lambda row: order[row])
         assert {int(labels[row]) for row in members} == {lowest}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_share_a_cluster(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = 300
+    _, nodes = draw_equals(rng, count, 0.1)
+    left, right, cosines = random_edges(rng, count, 30)
+    left, right, cosines = unique_pairs(nodes[left], nodes[right], cosines)
+    order = rng.permutation(count)
+    own = np.flatnonzero(nodes != np.arange(count))
+    both = np.r_[left, own], np.r_[right, nodes[own]]
+    expected = label_components(count, *both, order)
+    np.testing.assert_array_equal(label_clusters(nodes, left, right, order), expected)
+    around = neighbours_of(count, *both, np.ones(len(both[0])))
+    for members in components(around):
+        lowest = min(members, key=lambda row: order[row])
+        assert {int(expected[row]) for row in members} == {lowest}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_stay_together_in_cut_components(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    _, nodes = draw_equals(rng, 300, 0.4)
+    left, right, cosines = random_edges(rng, 300, 100)
+    left, right, _ = unique_pairs(nodes[left], nodes[right], cosines)
+    order = rng.permutation(300)
+    labels = label_clusters(nodes, left, right, order)
+    whole = label_components(300, np.r_[left, nodes], np.r_[right, np.arange(300)], order)
+    assert len(set(labels.tolist())) > len(set(whole.tolist()))
+    np.testing.assert_array_equal(labels, labels[nodes])
+
+
+def test_equals_are_never_cut_apart() -> None:
+    count = 400
+    nodes = np.arange(count)
+    nodes[60:160] = 59  # the last of a chain, a hundred times more
+    order = np.arange(count)
+    labels = label_clusters(nodes, np.arange(59), np.arange(1, 60), order)
+    assert len(set(labels[59:160].tolist())) == 1
+    assert np.bincount(labels[:59]).max() <= 3
+
+
 def test_labels_without_edges_or_samples() -> None:
     none = np.zeros(0, np.int64)
-    assert label_clusters(3, none, none, np.arange(3)).tolist() == [0, 1, 2]
-    assert label_clusters(0, none, none, none).tolist() == []
+    assert label_clusters(np.arange(3), none, none, np.arange(3)).tolist() == [0, 1, 2]
+    assert label_clusters(none, none, none, none).tolist() == []
 
 
 def test_a_chain_above_the_limit_is_cut_into_stars() -> None:
@@ -127,7 +194,7 @@ def test_a_chain_above_the_limit_is_cut_into_stars() -> None:
     left = np.r_[chain[:-1], np.full(49, 300), pair[0]]
     right = np.r_[chain[1:], np.arange(301, 350), pair[1]]
     order = np.arange(count)[::-1].copy()
-    labels = label_clusters(count, left, right, order)
+    labels = label_clusters(np.arange(count), left, right, order)
     around = neighbours_of(count, left, right, np.ones(len(left), np.float32))
     sizes = np.bincount(labels)
     assert sizes[labels[chain]].max() == 3  # a link of a chain and its two neighbours
@@ -146,7 +213,7 @@ def test_oversized_is_a_share_of_large_sets() -> None:
     order = np.arange(count)
     for extra, expected in ((0, size), (1, 3)):
         chain = np.arange(size + extra)
-        labels = label_clusters(count, chain[:-1], chain[1:], order)
+        labels = label_clusters(np.arange(count), chain[:-1], chain[1:], order)
         assert np.bincount(labels).max() == expected
 
 
@@ -156,12 +223,14 @@ def test_labels_do_not_depend_on_the_order_of_rows(size: int) -> None:
     count = 200
     left, right, _ = random_edges(rng, size, 2 * size)
     order = rng.permutation(count)
-    labels = label_clusters(count, left, right, order)
+    labels = label_clusters(np.arange(count), left, right, order)
     place = rng.permutation(count)  # row i moves to place[i]
     moved_order = np.empty(count, np.int64)
     moved_order[place] = order
     shuffled = rng.permutation(len(left))
-    moved = label_clusters(count, place[right][shuffled], place[left][shuffled], moved_order)
+    moved = label_clusters(
+        np.arange(count), place[right][shuffled], place[left][shuffled], moved_order
+    )
     np.testing.assert_array_equal(moved[place], place[labels])
 
 
@@ -171,9 +240,13 @@ def test_walk_against_the_slow_one(seed: int) -> None:
     count = 80
     left, right, cosines = random_edges(rng, count, 40 + 30 * seed)
     eligible = rng.random(count) > 0.2
-    group = np.where(rng.random(count) < 0.4, rng.integers(0, 12, count), -1)
+    group, nodes = draw_equals(rng, count, 0.4)
+    left, right, cosines = unique_pairs(nodes[left], nodes[right], cosines)
     preference = rng.permutation(count)
-    representative, cosine, exact = walk(preference, eligible, left, right, cosines, group)
+    stays, representative, cosine, exact = walk(
+        preference, eligible, left, right, cosines, nodes, group
+    )
+    left, right, cosines = spread(nodes, left, right, cosines)
     around = neighbours_of(count, left, right, cosines)
     dropped = slow_walk(preference.tolist(), eligible.tolist(), around, group.tolist())
 
@@ -184,6 +257,7 @@ def test_walk_against_the_slow_one(seed: int) -> None:
     assert not exact[representative < 0].any()
 
     kept = eligible & (representative < 0)
+    np.testing.assert_array_equal(stays, kept)
     assert not (kept[left] & kept[right]).any()
     assert kept[representative[representative >= 0]].all()
     kept_groups = group[kept & (group >= 0)]
@@ -196,38 +270,77 @@ def test_walk_does_not_depend_on_the_order_of_rows(seed: int) -> None:
     count = 120
     left, right, cosines = random_edges(rng, count, 300)
     eligible = rng.random(count) > 0.1
-    group = np.where(rng.random(count) < 0.3, rng.integers(0, 20, count), -1)
+    group, nodes = draw_equals(rng, count, 0.3)
+    left, right, cosines = unique_pairs(nodes[left], nodes[right], cosines)
     preference = rng.permutation(count)
-    before = walk(preference, eligible, left, right, cosines, group)
+    before = walk(preference, eligible, left, right, cosines, nodes, group)
     place = rng.permutation(count)
     back = np.argsort(place)
     moved = unique_pairs(place[left], place[right], cosines)
-    after = walk(place[preference], eligible[back], *moved, group[back])
-    expected = np.where(before[0] >= 0, place[before[0]], -1)
-    np.testing.assert_array_equal(after[0][place], expected)
-    np.testing.assert_array_equal(after[1][place], before[1])
-    np.testing.assert_array_equal(after[2][place], before[2])
+    after = walk(place[preference], eligible[back], *moved, place[nodes[back]], group[back])
+    expected = np.where(before.representative >= 0, place[before.representative], -1)
+    np.testing.assert_array_equal(after.representative[place], expected)
+    for name in ("kept", "cosine", "exact"):
+        np.testing.assert_array_equal(getattr(after, name)[place], getattr(before, name))
 
 
 def test_the_good_twin_of_an_ineligible_sample_survives() -> None:
     none = np.zeros(0, np.int64)
-    representative, _, _ = walk(
+    _, representative, _, _ = walk(
         np.array([0, 1, 2]),
         np.array([False, True, True]),
         np.array([0]),
         np.array([1]),
         np.array([0.99], np.float32),
+        np.array([0, 1, 0]),
         np.array([7, -1, 7]),
     )
-    assert representative.tolist() == [-1, -1, -1]
-    empty = walk(none, np.zeros(0, bool), none, none, np.zeros(0, np.float32), none)
-    assert [len(part) for part in empty] == [0, 0, 0]
+    # What is like the one is like its equal.
+    assert representative.tolist() == [-1, -1, 1]
+    alone = walk(
+        np.array([0, 1]), np.array([False, True]), *_NO_EDGES, np.zeros(2, int), np.array([7, 7])
+    )
+    assert alone.representative.tolist() == [-1, -1]
+    empty = walk(none, np.zeros(0, bool), *_NO_EDGES, none, none)
+    assert [len(part) for part in empty] == [0, 0, 0, 0]
 
 
 def test_rows_without_bytes_are_no_twins() -> None:
-    none = np.zeros(0, np.int64)
-    representative, _, exact = walk(
-        np.array([2, 1, 0]), np.ones(3, bool), none, none, np.zeros(0, np.float32), np.full(3, -1)
+    _, representative, _, exact = walk(
+        np.array([2, 1, 0]), np.ones(3, bool), *_NO_EDGES, np.arange(3), np.full(3, -1)
     )
     assert representative.tolist() == [-1, -1, -1]
     assert not exact.any()
+
+
+def test_equals_without_bytes_are_copies_of_cosine_one() -> None:
+    _, representative, cosine, exact = walk(
+        np.array([2, 1, 0]), np.ones(3, bool), *_NO_EDGES, np.zeros(3, int), np.array([4, -1, 4])
+    )
+    assert representative.tolist() == [2, 2, -1]
+    assert cosine[:2].tolist() == [1, 1]
+    assert exact.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("quota", [1, 3])
+def test_of_a_kind_only_so_many_are_kept(quota: int) -> None:
+    rng = np.random.default_rng(quota)
+    count = 120
+    left, right, cosines = random_edges(rng, count, 60)
+    nodes, none = np.arange(count), np.full(count, -1)
+    kinds = np.where(rng.random(count) < 0.8, rng.integers(0, 8, count), -1)
+    preference, eligible = rng.permutation(count), rng.random(count) > 0.1
+    found = walk(preference, eligible, left, right, cosines, nodes, none, kinds, quota)
+    around = neighbours_of(count, left, right, cosines)
+    kept: list[int] = []
+    for row in preference.tolist():
+        if not eligible[row] or any(one in around[row] for one in kept):
+            continue
+        if kinds[row] < 0 or sum(kinds[one] == kinds[row] for one in kept) < quota:
+            kept.append(row)
+    assert np.flatnonzero(found.kept).tolist() == sorted(kept)
+    assert np.bincount(kinds[found.kept & (kinds >= 0)]).max() == quota
+    late = eligible & ~found.kept & (found.representative < 0)
+    assert late.any()
+    assert (kinds[late] >= 0).all()
+    assert found.kept[found.representative[found.representative >= 0]].all()

@@ -133,11 +133,24 @@ def test_several_cells_against_brute_force(tmp_path: Path) -> None:
     data.sha256[8] = None
     data.sha256[10] = data.sha256[2000] = data.sha256[1999]
     data.sha256[5] = data.sha256[30]  # bytes count where a vector does not
+    data.vectors[[10, 2000]] = data.vectors[1999]
+    data.vectors[700] = data.vectors[600]  # equal without being of equal bytes
     shards = cut(2600, 5)
     room, counts = run(tmp_path, data, Dedup(min_cosine=0.8), shards)
 
     assert len(storage.read_array(room.path("centroids.npy"))) == 51
-    assert counts["search.samples"] == 2600 - 4
+    equal = {10, 1999, 2000, 600, 700}
+    nodes = storage.read_array(room.path("nodes.npy"))
+    assert nodes[5] == 30
+    for members in ({10, 1999, 2000}, {600, 700}):
+        lowest = min(members, key=lambda row: data.uids[row])
+        assert {int(nodes[row]) for row in members} == {lowest}
+    assert np.flatnonzero(nodes != np.arange(2600)).tolist() == sorted(
+        {5} | equal - set(nodes[list(equal)].tolist())
+    )
+    # Equals are searched once.
+    assert counts["search.samples"] == 2600 - 4 - 3
+    data.valid[[row for row in equal if nodes[row] != row]] = False
     truth = true_edges(data, 0.8)
     found = found_edges(room, data, shards)
     assert len(truth) > 1000
@@ -148,8 +161,7 @@ def test_several_cells_against_brute_force(tmp_path: Path) -> None:
     unusable = {data.uids[row] for row in (5, 6, 7, 8)}
     assert not any(unusable & set(pair) for pair in found)
 
-    twins = {(data.uids[1999], data.uids[10]), (data.uids[1999], data.uids[2000])}
-    twins.add((data.uids[5], data.uids[30]))
+    twins = {(data.uids[row], data.uids[nodes[row]]) for row in {5} | equal}
     expected = flood(data, found.keys() | twins)
     sizes = Counter(expected.values())
     clusters = clusters_of(room)
@@ -159,30 +171,46 @@ def test_several_cells_against_brute_force(tmp_path: Path) -> None:
     }
 
     facts = room.stage.facts(room)
-    assert facts["edges"] == {"bytes": 3, "semantic": len(found)}
+    assert facts["edges"] == {"equal": 4, "semantic": len(found)}
     assert facts["clusters"] == sum(size > 1 for size in sizes.values())
     assert facts["largest_cluster"] == max(sizes.values())
 
 
-@pytest.mark.parametrize("probes", [1, 8])
-def test_recall_is_what_brute_force_says(tmp_path: Path, probes: int) -> None:
-    data = clustered(2400, seed=1)
-    shards = cut(2400, 3)
-    room, _ = run(tmp_path, data, Dedup(min_cosine=0.7, probes=probes, seed=4), shards)
-    truth, found = true_edges(data, 0.7), found_edges(room, data, shards)
+def recall_of(data: Data, room: Room, shards: list[list[int]], rows: Array) -> list[float]:
+    """Share of the true neighbours found, of every one of some rows that has any."""
+    truth, found = true_edges(data, room.stage.min_cosine), found_edges(room, data, shards)
     shares = []
-    asked = storage.read_array(room.path("recall_rows.npy"))
-    assert len(set(asked.tolist())) == 300
-    for uid in (data.uids[row] for row in asked):
+    for uid in (data.uids[row] for row in rows):
         mine = [pair for pair in truth if uid in pair]
         if mine:
             shares.append(sum(pair in found for pair in mine) / len(mine))
+    return shares
+
+
+@pytest.mark.parametrize(("target", "most"), [(0.9, 32), (0.999, 32), (1.0, 32), (0.999, 2)])
+def test_probes_rise_until_the_recall_is_reached(tmp_path: Path, target: float, most: int) -> None:
+    data = clustered(2400, seed=1)
+    shards = cut(2400, 3)
+    stage = Dedup(min_cosine=0.7, target_recall=target, max_probes=most, seed=4)
+    room, counts = run(tmp_path, data, stage, shards)
+    asked = storage.read_array(room.path("recall_rows.npy"))
+    assert len(set(asked.tolist())) == 2400  # all of so small a set
+    shares = recall_of(data, room, shards, asked)
     recall = room.stage.facts(room)["recall"]
     assert recall["rows"] == len(shares)
     assert recall["recall"] == pytest.approx(np.mean(shares), abs=1e-6)
     assert recall["stderr"] == pytest.approx(np.std(shares) / len(shares) ** 0.5, abs=1e-6)
-    # One cell misses pairs, and the figure says so; eight hardly do.
-    assert recall["recall"] < 0.97 if probes == 1 else recall["recall"] > 0.99
+    assert recall["probes"] == counts["probes.probes"] <= most
+    if most == 2:  # what cannot be reached is told
+        assert recall["probes"] == 2
+        assert not recall["reached"]
+        assert recall["recall"] < target
+        return
+    assert recall["recall"] >= target
+    assert recall["reached"]
+    fewer = Dedup(min_cosine=0.7, target_recall=target, max_probes=recall["probes"] - 1, seed=4)
+    less, _ = run(tmp_path / "less", data, fewer, shards)
+    assert less.stage.facts(less)["recall"]["recall"] < target
 
 
 def test_order_and_size_of_shards_do_not_matter(tmp_path: Path) -> None:
@@ -227,7 +255,13 @@ def test_pixels_confirm_what_cosines_propose(tmp_path: Path) -> None:
     planted = {tuple(sorted((data.uids[i], data.uids[i + 6]))) for i in range(4)}
     assert found_edges(room, data, shards).keys() == planted
     assert counts["search.edges"] == 4
-    assert room.stage.facts(room)["recall"] == {"rows": 8, "recall": 1.0, "stderr": 0.0}
+    assert room.stage.facts(room)["recall"] == {
+        "rows": 8,
+        "recall": 1.0,
+        "stderr": 0.0,
+        "reached": True,
+        "probes": 1,
+    }
     assert "thumbnail" not in Dedup().reads()
 
 
@@ -262,8 +296,14 @@ def test_no_usable_vector(tmp_path: Path) -> None:
     assert counts["search.samples"] == 0
     assert clusters_of(room) == {uid: (uid, 1) for uid in data.uids}
     facts = room.stage.facts(room)
-    assert facts["recall"] == {"rows": 0, "recall": None, "stderr": None}
-    assert facts["edges"] == {"bytes": 0, "semantic": 0}
+    assert facts["recall"] == {
+        "rows": 0,
+        "recall": None,
+        "stderr": None,
+        "reached": True,
+        "probes": 1,
+    }
+    assert facts["edges"] == {"equal": 0, "semantic": 0}
 
 
 def test_one_sample(tmp_path: Path) -> None:

@@ -80,7 +80,11 @@ def run(
             room.commit_shard(table, name, pa.Table.from_pylist(content, select_schema(names)))
     storage.commit_json(room.path("layout.json", table="ingest"), {"shards": layout})
     if edges is not None:
-        left, right, cosines = zip(*edges, strict=True) if edges else ((), (), ())
+        hashes = [row.get("sha256") or row["uid"] for row in rows]
+        nodes = np.array([hashes.index(value) for value in hashes])
+        storage.commit_array(room.path("nodes.npy", table="dedup"), nodes)
+        joined = [(nodes[a], nodes[b], c) for a, b, c in edges if nodes[a] != nodes[b]]
+        left, right, cosines = zip(*joined, strict=True) if joined else ((), (), ())
         content = pa.table(
             {
                 "left_row": pa.array(left, pa.int64()),
@@ -391,6 +395,36 @@ def test_the_good_twin_of_a_mismatched_sample_survives(tmp_path: Path) -> None:
     assert exact["representative_cosine"] == 1
     # The caption of the mismatched one is not merged.
     assert survivor["captions"] == ["a fine caption 1", "a fine caption 2", "a fine caption 3"]
+
+
+def test_a_caption_may_be_capped(tmp_path: Path) -> None:
+    captions = ["Icon", " icon", "ICON", "icon", "a dog", None]
+    rows = [sample(i, caption=c, width=100 - i) for i, c in enumerate(captions)]
+    rows[5] |= {"ingest_reason": "caption_missing"}
+    # Row 1 is a copy of row 0, and takes no place; row 4 is one of row 3, which came too late.
+    fields: dict[str, Any] = {"edges": [(0, 1, 0.9), (3, 4, 0.9)], "prefer": ("resolution",)}
+    decisions, facts = run(tmp_path, rows, max_caption_repeats=2, **fields)
+    late = "caption_repeated"
+    assert reasons(decisions) == [None, "duplicate_semantic", None, late, None, "caption_missing"]
+    assert facts["counts"]["dropped"][late] == 1
+    decisions, _ = run(tmp_path, rows, **fields)
+    assert reasons(decisions)[3:5] == [None, "duplicate_semantic"]
+    with pytest.raises(ValidationError):
+        Select(max_caption_repeats=0)
+
+
+def test_what_stricter_thresholds_would_keep(tmp_path: Path) -> None:
+    rows = [sample(i) for i in range(6)]
+    edges = [(0, 1, 0.87), (1, 2, 0.92), (3, 4, 0.985)]
+    decisions, facts = run(tmp_path, rows, edges=edges)
+    assert sum(row["keep"] for row in decisions) == 4 - (reasons(decisions)[1] is None)
+    kept = {row["min_cosine"]: row["kept"] for row in facts["what_if"]}
+    assert list(kept) == [0.9, 0.95, 0.98, 0.99]
+    assert kept[0.95] == kept[0.98] == 5
+    assert kept[0.9] == 4
+    assert kept[0.99] == 6
+    again, _ = run(tmp_path, rows, edges=[edge for edge in edges if edge[2] >= 0.9])
+    assert sum(row["keep"] for row in again) == kept[0.9]
 
 
 def test_merged_captions_are_different_and_few(tmp_path: Path) -> None:
