@@ -213,8 +213,9 @@ def _could_write(kind: type[Stage], column: str) -> bool:
 def _without_paths(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Leave out what is not part of the recipe: where this run's input lies."""
     kept = {stage: dict(fields) for stage, fields in chosen.items()}
-    for name in ("inputs", "root"):
-        kept.get("ingest", {}).pop(name, None)
+    for fields in kept.values():
+        for name in ("inputs", "root"):
+            fields.pop(name, None)
     return kept
 
 

@@ -113,7 +113,7 @@ def test_a_folder_of_a_shipped_name_does_not_hide_the_pipeline(
     assert [stage.name for stage in load_pipeline("dedup").stages][:3] == [
         "ingest",
         "embed",
-        "dedup",
+        "decontaminate",
     ]
 
 

@@ -79,7 +79,7 @@ def test_reasons_known_are_reasons_used() -> None:
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_parameters_named_in_reasons_exist(reason: str) -> None:
-    assert re.fullmatch(r"[a-z]+(_[a-z]+)+|mismatched", reason)
+    assert re.fullmatch(r"[a-z]+(_[a-z]+)+|mismatched|contaminated", reason)
     for stage, field in re.findall(r"\b([a-z]+)\.([a-z_]+)", REASONS[reason]):
         assert stage in STAGES, f"{reason} names {stage}.{field}"
         assert field in STAGES[stage].model_fields, f"{reason} names {stage}.{field}"

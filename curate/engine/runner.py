@@ -97,7 +97,7 @@ def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
         places = {name: storage.join(out, "stages", f"{name}-{own[name]}") for name in own}
         missing = frozenset(name for name in own if not is_complete(places[name]))
         folders = {**folders, **places}
-        room = Room(stage, folders, dict(writers), missing, ingest=pipeline.stages[0])
+        room = Room(stage, folders, dict(writers), missing, pipeline=pipeline.stages)
         bound.append(BoundStage(stage, room, own, origins))
         prints.update(own)
         writers.update({column: table.name for table in stage.tables() for column in table.columns})

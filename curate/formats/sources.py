@@ -83,6 +83,19 @@ class Source:
     companions: tuple[str, ...] = ()
     files: tuple[File, ...] = field(default=(), compare=False, repr=False)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all but `url`, which depends on where the root is, and `files`."""
+        names = ("name", "kind", "size_bytes", "companions")
+        return {name: getattr(self, name) for name in names}
+
+    @staticmethod
+    def from_json(value: dict[str, Any], root: str) -> "Source":
+        """Read what `to_json` gave."""
+        url = locate(root, value["name"])
+        return Source(
+            value["name"], url, value["kind"], value["size_bytes"], tuple(value["companions"])
+        )
+
 
 def split_suffix(name: str) -> tuple[str, str]:
     """Split a path into what comes before the last dot of its base name and the lower-case rest.

@@ -1,6 +1,7 @@
 """The stages, in one plain dictionary."""
 
 from curate.stages.base import Stage
+from curate.stages.decontaminate import Decontaminate
 from curate.stages.dedup import Dedup
 from curate.stages.embed import Embed
 from curate.stages.ingest import Ingest
@@ -12,5 +13,6 @@ from curate.stages.write import Write
 __all__ = ["STAGES"]
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Ingest, Embed, Dedup, Score, Select, Write, Report)
+    stage.name: stage
+    for stage in (Ingest, Embed, Decontaminate, Dedup, Score, Select, Write, Report)
 }

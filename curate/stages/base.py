@@ -46,8 +46,8 @@ class Room:
         Tables of this stage that are still to be made.
     threads : int
         Cores that one task may use.
-    ingest : Stage, optional
-        The pipeline's first stage, which alone knows where the sources lie.
+    pipeline : tuple of Stage
+        All stages: the first alone knows where the sources lie.
     """
 
     stage: "Stage"
@@ -55,12 +55,11 @@ class Room:
     origins: dict[str, str]
     missing: frozenset[str]
     threads: int = 1
-    ingest: "Stage | None" = None
+    pipeline: "tuple[Stage, ...]" = ()
 
     def open_images(self, index: pa.Table) -> Iterator[bytes | None]:
         """Yield the original bytes of index rows, in order; None where there is no image."""
-        assert self.ingest is not None
-        return self.ingest.open(index)
+        return self.pipeline[0].open(index)
 
     def path(self, *names: str, table: str | None = None) -> str:
         """Location of a file in a table's folder, by default that of the stage's first table."""

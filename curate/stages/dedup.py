@@ -16,10 +16,10 @@ from pydantic import Field
 
 from curate import storage
 from curate.dedup import groups
-from curate.dedup.copies import are_copies
 from curate.formats.pixels import read_thumbnail
 from curate.memorization.folds import hash_unit
-from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+from curate.stages.base import Room, Step, Table, one_task, shard_tasks
+from curate.stages.likeness import Likeness
 
 __all__ = ["Dedup", "read_edges", "read_nodes", "shard_starts"]
 
@@ -36,28 +36,11 @@ _TASK_SAMPLES = 2048
 _RECALL_ROWS, _RECALL_ROWS_PIXELS = 4096, 400
 
 
-class Dedup(Stage):
+class Dedup(Likeness):
     """Edges between samples of equal bytes or near-equal pictures, and their clusters."""
 
     name: ClassVar[str] = "dedup"
 
-    min_cosine: float = Field(
-        0.95, description="cosine of image_emb from which two samples are candidates", gt=0, le=1
-    )
-    min_pixel_match: float | None = Field(
-        None,
-        description="correlation of the thumbnails, after allowing for a crop, that a candidate "
-        "must reach too; null: not asked",
-        gt=0,
-        le=1,
-    )
-    max_patch_difference: float | None = Field(
-        None,
-        description="grey levels by which a candidate's thumbnails may differ where they differ "
-        "most, over a thirteenth of a side; a different brightness counts; null: not asked",
-        ge=0,
-        le=255,
-    )
     target_recall: float = Field(
         0.999,
         description="share of a sample's copies to find, on average over samples that have any; "
@@ -69,11 +52,6 @@ class Dedup(Stage):
         32, description="cells searched for every vector, at most", ge=1, le=256
     )
     seed: int = Field(0, description="draws the samples for centroids and recall")
-
-    @property
-    def asks_pixels(self) -> bool:
-        """Whether candidates need more than their cosine."""
-        return self.min_pixel_match is not None or self.max_patch_difference is not None
 
     def reads(self) -> tuple[str, ...]:
         return ("image_emb", "sha256", *(("thumbnail",) if self.asks_pixels else ()))
@@ -306,12 +284,7 @@ def _search_cell(
 
 
 def _confirm(room: Room, left: Array, right: Array) -> Array:
-    """(E,) bool: which candidates the pixels confirm; all where pixels are not asked."""
-    stage = _stage(room)
-    if not stage.asks_pixels:
-        return np.ones(len(left), bool)
-    reader = _thumbnail_reader(room)
-    return are_copies(left, right, reader, stage.min_pixel_match, stage.max_patch_difference)
+    return _stage(room).confirm(left, right, _thumbnail_reader(room))
 
 
 def _thumbnail_reader(room: Room) -> Callable[[int], Image.Image]:

@@ -23,7 +23,7 @@ from curate.stages.base import Room, Stage, Step, Table, shard_tasks
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder, Precision
 
-__all__ = ["Embed"]
+__all__ = ["Embed", "embed_images"]
 
 _LOCATION = ("source_file", "member", "offset", "size_bytes", "row_group", "row", "ingest_reason")
 #: Longest side of thumbnails: what proxies train on and the report shows.
@@ -172,29 +172,56 @@ class _Sample:
     prepared: Any
 
 
-def _embed_shard(room: Room, shard: str) -> dict[str, float]:
-    from curate.models.encoders import Precision, torch_threads
+def _towers(room: Room) -> tuple["Encoder", dict[str, Any]]:
+    """Return the run's encoder and what was chosen for it."""
+    (stage,) = (stage for stage in room.pipeline if isinstance(stage, Embed))
+    choice = storage.read_json(storage.join(room.folders["embed.vectors"], "precision.json"))
+    return _load(stage.encoder, choice["device"]), choice
 
-    stage = _stage(room)
+
+def embed_images(
+    room: Room, images: Iterator[bytes | None], count: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[bytes | None]]:
+    """Embed pictures that are not samples of the run as the run embeds its samples.
+
+    Parameters
+    ----------
+    room : Room
+        Of a later stage.
+    images : iterator of bytes or None
+    count : int
+        N, their number.
+
+    Returns
+    -------
+    vectors : (N, D) float16
+    valid : (N,) bool
+        Whether the picture could be decoded.
+    thumbnails : list of bytes or None, length N
+    """
+    from curate.models.encoders import torch_threads
+
+    encoder, choice = _towers(room)
+    with torch_threads(choice["torch_threads"]):
+        decoded = _decode_all(room, images, encoder, thumbnails=True)
+        samples, vectors, valid = _encode_images(encoder, decoded, count, choice)
+    return vectors, valid, [sample.thumbnail for sample in samples]
+
+
+def _embed_shard(room: Room, shard: str) -> dict[str, float]:
+    from curate.models.encoders import torch_threads
+
     index = room.read(shard, [*_LOCATION, "caption"])
     uids = index.select(["uid"])
     if "embed.vectors" not in room.missing:
-        samples = [_strip(s) for s in _decode_all(room, index, stage.max_pixels, None)]
+        samples = [_strip(s) for s in _decode_all(room, room.open_images(index), None)]
         _commit_facts(room, shard, uids, samples)
         return _counts(samples)
-    choice = storage.read_json(room.path("precision.json"))
-    encoder = _load(stage.encoder, choice["device"])
-    image_precision, text_precision = (
-        Precision(choice[tower]["dtype"], choice[tower]["channels_last"])
-        for tower in ("image", "text")
-    )
+    encoder, choice = _towers(room)
     with torch_threads(choice["torch_threads"]):
-        decoded = _decode_all(room, index, stage.max_pixels, encoder)
-        samples, images, has_image = _encode_images(
-            encoder, decoded, len(index), choice["batch"]["image"], image_precision
-        )
-        captions = index["caption"].to_pylist()
-        texts, has_text = _encode_texts(encoder, captions, choice["batch"]["text"], text_precision)
+        decoded = _decode_all(room, room.open_images(index), encoder)
+        samples, images, has_image = _encode_images(encoder, decoded, len(index), choice)
+        texts, has_text = _encode_texts(encoder, index["caption"].to_pylist(), choice)
     vectors = _vector_table(uids, encoder, images, has_image, texts, has_text)
     room.commit_shard("embed.vectors", shard, vectors)
     _commit_facts(room, shard, uids, samples)
@@ -202,10 +229,18 @@ def _embed_shard(room: Room, shard: str) -> dict[str, float]:
 
 
 def _decode_all(
-    room: Room, index: pa.Table, max_pixels: int, encoder: "Encoder | None"
+    room: Room,
+    images: Iterator[bytes | None],
+    encoder: "Encoder | None",
+    thumbnails: bool | None = None,
 ) -> Iterator[_Sample]:
-    """Decode a shard's images in order, ahead of the encoder where there are cores for it."""
-    working_px = max(_THUMBNAIL_PX, encoder.image_px if encoder else 0)
+    """Decode images in order, ahead of the encoder where there are cores for it."""
+    (stage,) = (stage for stage in room.pipeline if isinstance(stage, Embed))
+    max_pixels, working_px = (
+        stage.max_pixels,
+        max(_THUMBNAIL_PX, encoder.image_px if encoder else 0),
+    )
+    small = "embed.thumbnails" in room.missing if thumbnails is None else thumbnails
 
     def work(data: bytes | None) -> _Sample:
         if not data:
@@ -215,13 +250,10 @@ def _decode_all(
         digest = hashlib.sha256(data).hexdigest()
         if decoded.image is None:
             return _Sample(decoded, digest, None, None)
-        thumbnail = None
-        if "embed.thumbnails" in room.missing:
-            thumbnail = make_thumbnail(decoded.image, _THUMBNAIL_PX)
+        thumbnail = make_thumbnail(decoded.image, _THUMBNAIL_PX) if small else None
         prepared = encoder.prepare(decoded.image) if encoder else None
         return _Sample(_without_image(decoded), digest, thumbnail, prepared)
 
-    images = room.open_images(index)
     if room.threads < 2:
         yield from map(work, images)
         return
@@ -243,16 +275,19 @@ def _strip(sample: _Sample) -> _Sample:
     return sample
 
 
+def _precision(tower: dict[str, Any]) -> "Precision":
+    from curate.models.encoders import Precision
+
+    return Precision(tower["dtype"], tower["channels_last"])
+
+
 def _encode_images(
-    encoder: "Encoder",
-    decoded: Iterator[_Sample],
-    count: int,
-    size: int,
-    precision: "Precision",
+    encoder: "Encoder", decoded: Iterator[_Sample], count: int, choice: dict[str, Any]
 ) -> tuple[list[_Sample], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Fill batches across samples; return samples, (N, D) float16 and (N,) bool."""
     from curate.models.encoders import pad_rows
 
+    size, precision = choice["batch"]["image"], _precision(choice["image"])
     vectors = np.zeros((count, encoder.image_width), np.float16)
     valid = np.zeros(count, bool)
     samples: list[_Sample] = []
@@ -280,11 +315,12 @@ def _encode_images(
 
 
 def _encode_texts(
-    encoder: "Encoder", captions: list[str | None], size: int, precision: "Precision"
+    encoder: "Encoder", captions: list[str | None], choice: dict[str, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Embed captions in batches of equal padded length: (N, D) float16 and (N,) bool."""
     from curate.models.encoders import batches, pad_rows
 
+    size, precision = choice["batch"]["text"], _precision(choice["text"])
     vectors = np.zeros((len(captions), encoder.text_width), np.float16)
     valid = np.array([bool(caption and caption.strip()) for caption in captions], bool)
     rows = np.flatnonzero(valid)

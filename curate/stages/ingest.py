@@ -17,7 +17,7 @@ from pydantic import Field
 from curate import formats, storage
 from curate.errors import InputError
 from curate.formats.index import UID, first_reason
-from curate.formats.sources import Source, find_root, identify, locate, open_binary
+from curate.formats.sources import Source, find_root, identify, open_binary
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
 
@@ -147,12 +147,8 @@ def _ingest(room: Room) -> Ingest:
 def _list(room: Room, task: str) -> dict[str, float]:
     """Put down the sources, so that not every task has to list the whole input again."""
     sources = _ingest(room).list_sources()
-    records = [
-        {"name": s.name, "kind": s.kind, "size_bytes": s.size_bytes, "companions": s.companions}
-        for s in sources
-    ]
-    storage.commit_json(room.path("sources.json"), records)
-    return {"sources": len(records), "size_bytes": sum(s.size_bytes for s in sources)}
+    storage.commit_json(room.path("sources.json"), [source.to_json() for source in sources])
+    return {"sources": len(sources), "size_bytes": sum(s.size_bytes for s in sources)}
 
 
 def _scan_tasks(room: Room) -> list[str]:
@@ -169,13 +165,7 @@ def _scan(room: Room, task: str) -> dict[str, float]:
     """Index one source."""
     ingest = _ingest(room)
     record = storage.read_json(room.path("sources.json"))[int(task)]
-    source = Source(
-        record["name"],
-        locate(ingest.folder(), record["name"]),
-        record["kind"],
-        record["size_bytes"],
-        tuple(record["companions"]),
-    )
+    source = Source.from_json(record, ingest.folder())
     found = formats.FORMATS[source.kind].scan(source, ingest.uid_column)
     table = _with_uids(found.table, ingest.dataset)
     with storage.commit(_scan_url(room, task)) as path:

@@ -124,7 +124,7 @@ class Select(Stage):
         return tuple(dict.fromkeys(columns))
 
     def wants(self) -> tuple[str, ...]:
-        return ("cluster_id", "mismatch_probability", "rarity", "clip_score")
+        return ("cluster_id", "contaminated_by", "mismatch_probability", "rarity", "clip_score")
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("select", _DECISION),)
@@ -265,6 +265,8 @@ def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> No
 
 
 def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
+    if "contaminated_by" in table.column_names:
+        failed["contaminated"] = table["contaminated_by"].is_valid().to_numpy()
     if stage.min_caption_information is not None:
         with np.errstate(invalid="ignore"):  # NaN where there is no score: `mismatched` neither
             uninformative = _numbers(table, "caption_information") < stage.min_caption_information

@@ -1,0 +1,180 @@
+"""decontaminate: find the samples that show a picture one will evaluate on.
+
+It removes nothing: `select` drops what has a `contaminated_by`.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pydantic import Field, field_validator
+
+from curate import formats, storage
+from curate.errors import InputError
+from curate.formats.pixels import read_thumbnail
+from curate.formats.sources import Source, find_root, identify
+from curate.schema import select_schema
+from curate.stages.base import Room, Step, Table, execution_only, one_task, shard_tasks
+from curate.stages.embed import embed_images
+from curate.stages.likeness import Likeness
+
+__all__ = ["Decontaminate"]
+
+_COLUMNS = ("contaminated_by", "contamination_cosine")
+
+
+class Decontaminate(Likeness):
+    """Compare every sample with pictures that must not be trained on."""
+
+    name: ClassVar[str] = "decontaminate"
+
+    inputs: tuple[str, ...] = execution_only(
+        (), "files, folders, patterns and fsspec URLs of the evaluation images; none: nothing to do"
+    )
+    format: Literal["auto", "webdataset", "parquet", "folder"] = Field(
+        "auto", description="layout of these; auto: told from the names of the files"
+    )
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _wrap(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def reads(self) -> tuple[str, ...]:
+        return ("image_emb", *(("thumbnail",) if self.asks_pixels else ()))
+
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.name, _COLUMNS),)
+
+    def steps(self) -> tuple[Step, ...]:
+        return (
+            Step("list", _list, one_task),
+            Step("evaluation", _embed_source, _source_tasks),
+            Step("check", _check, one_task),
+            Step("match", _match, shard_tasks),
+        )
+
+    def list_sources(self) -> list[Source]:
+        """Return the sources of the evaluation images, in order of name.
+
+        Raises
+        ------
+        InputError
+            If an input is missing, empty or of another layout.
+        """
+        if not self.inputs:
+            return []
+        return formats.list_sources(self.inputs, find_root(self.inputs), self.format)[1]
+
+    def sources(self) -> list[dict[str, Any]]:
+        return [identify(source) for source in self.list_sources()]
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        found: dict[str, Any] = storage.read_json(room.path("evaluation.json"))
+        return found
+
+
+def _stage(room: Room) -> Decontaminate:
+    assert isinstance(room.stage, Decontaminate)
+    return room.stage
+
+
+def _list(room: Room, task: str) -> dict[str, float]:
+    """Put down the sources, so that not every task has to list the whole input again."""
+    sources = _stage(room).list_sources()
+    storage.commit_json(room.path("sources.json"), [source.to_json() for source in sources])
+    return {"sources": len(sources)}
+
+
+def _source_tasks(room: Room) -> list[str]:
+    return [f"{i:05d}" for i in range(len(storage.read_json(room.path("sources.json"))))]
+
+
+def _embed_source(room: Room, task: str) -> dict[str, float]:
+    """Commit name, vector and thumbnail of every evaluation image of one source."""
+    record = storage.read_json(room.path("sources.json"))[int(task)]
+    root = find_root(_stage(room).inputs)
+    source = Source.from_json(record, root)
+    index = formats.FORMATS[source.kind].scan(source, None).table
+    vectors, valid, thumbnails = embed_images(room, formats.read_images(root, index), len(index))
+    table = pa.table(
+        {
+            "name": pa.array(_names(source, index), pa.string()),
+            "image_emb": storage.vector_column(vectors, valid),
+            "thumbnail": pa.array(thumbnails, pa.binary()),
+        }
+    )
+    usable = table.filter(pa.array(valid))
+    storage.commit_table(room.path("evaluation", f"{task}.parquet"), usable)
+    return {"samples": len(index), "usable": len(usable)}
+
+
+def _names(source: Source, index: pa.Table) -> list[str]:
+    """Path of a file, or source:key of what lies within one."""
+    between = "" if source.name.endswith("/") else ":"
+    return [f"{source.name}{between}{key}" for key in index["key"].to_pylist()]
+
+
+def _check(room: Room, task: str) -> dict[str, float]:
+    """Refuse a set of which no image can be read, or every sample would pass for clean."""
+    usable = sum(storage.read_table(path, ["name"]).num_rows for path in _paths(room))
+    inputs = _stage(room).inputs
+    if inputs and not usable:
+        raise InputError(
+            f"{inputs[0]}: must hold images to compare with (decontaminate.inputs); none can be "
+            "decoded. Name others."
+        )
+    storage.commit_json(room.path("evaluation.json"), {"images": usable})
+    return {}
+
+
+def _paths(room: Room) -> list[str]:
+    return [room.path("evaluation", f"{task}.parquet") for task in _source_tasks(room)]
+
+
+def _match(room: Room, shard: str) -> dict[str, float]:
+    """Commit, for every sample of a shard, the evaluation image that it is most like."""
+    from curate.dedup.neighbors import pairs_within, unit_rows
+
+    stage = _stage(room)
+    table = room.read(shard, stage.reads())
+    vectors, valid = storage.read_vectors(table["image_emb"])
+    own = np.flatnonzero(valid & np.isfinite(vectors).all(1))
+    names: list[str | None] = [None] * len(table)
+    cosines = np.full(len(table), np.nan, np.float32)
+    for path in _paths(room):
+        known = storage.read_table(path)
+        if len(known) == 0 or len(own) == 0:
+            continue
+        base = unit_rows(storage.read_vectors(known["image_emb"])[0])
+        left, right, cosine = pairs_within(unit_rows(vectors[own]), base, stage.min_cosine)
+        left = own[left]
+        numbers = len(table) + right
+        confirmed = stage.confirm(left, numbers, _thumbnail_reader(table, known))
+        # The most alike; of equally alike ones the first.
+        order = np.lexsort((right, -cosine))
+        for place in order[confirmed[order]]:
+            row = left[place]
+            if not cosines[row] >= cosine[place]:
+                cosines[row] = cosine[place]
+                names[row] = known["name"][int(right[place])].as_py()
+    columns = [pa.array(names, pa.string()), pa.array(cosines, pa.float32(), from_pandas=True)]
+    found = table.select(["uid"])
+    for field, column in zip(select_schema(_COLUMNS), columns, strict=True):
+        found = found.append_column(field, column)
+    room.commit_shard(stage.name, shard, found)
+    return {"samples": len(table), "contaminated": sum(name is not None for name in names)}
+
+
+def _thumbnail_reader(samples: pa.Table, known: pa.Table) -> Callable[[int], Image.Image]:
+    """Read thumbnails of samples, and of evaluation images numbered after them."""
+
+    @lru_cache(maxsize=4096)
+    def read(number: int) -> Image.Image:
+        table, row = (samples, number) if number < len(samples) else (known, number - len(samples))
+        return read_thumbnail(table["thumbnail"][int(row)].as_py())
+
+    return read

@@ -1,0 +1,56 @@
+"""What counts as the same picture, for all stages that ask: the cosine proposes, pixels confirm."""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from curate.dedup.copies import Array, are_copies
+from curate.stages.base import Stage
+
+__all__ = ["Likeness"]
+
+
+class Likeness(Stage):
+    """Base of the stages that compare pictures."""
+
+    min_cosine: float = Field(
+        0.95, description="cosine of image_emb from which two samples are candidates", gt=0, le=1
+    )
+    min_pixel_match: float | None = Field(
+        None,
+        description="correlation of the thumbnails, after allowing for a crop, that a candidate "
+        "must reach too; null: not asked",
+        gt=0,
+        le=1,
+    )
+    max_patch_difference: float | None = Field(
+        None,
+        description="grey levels by which a candidate's thumbnails may differ where they differ "
+        "most, over a thirteenth of a side; a different brightness counts; null: not asked",
+        ge=0,
+        le=255,
+    )
+
+    @property
+    def asks_pixels(self) -> bool:
+        """Whether candidates need more than their cosine."""
+        return self.min_pixel_match is not None or self.max_patch_difference is not None
+
+    def confirm(self, left: Array, right: Array, read_image: Callable[[int], Image.Image]) -> Array:
+        """Tell which candidates the pixels confirm; all where pixels are not asked.
+
+        Parameters
+        ----------
+        left, right : (E,) int64
+        read_image : callable
+            Returns the thumbnail of either's number.
+
+        Returns
+        -------
+        (E,) bool
+        """
+        if not self.asks_pixels:
+            return np.ones(len(left), bool)
+        return are_copies(left, right, read_image, self.min_pixel_match, self.max_patch_difference)
