@@ -47,6 +47,7 @@ ALLOWED = {
     "embed.vectors": r"precision\.json|concepts/(classifier|names)\.npy",
     "embed.pixels": "",
     "embed.thumbnails": "",
+    "decontaminate": r"(sources|evaluation)\.json",
     "dedup": r"(nodes|centroids|recall_rows|recall_vectors|sizes|cluster_uids)\.npy"
     rf"|(probes|groups)\.json|cells/\d{{5}}\.npy|edges/\d{{6}}-\d{{6}}\.parquet|recall/{SHARD}",
     "select": r"decisions\.parquet|summary\.json",
@@ -238,7 +239,8 @@ def test_changed_parameter_recomputes_what_depends_on_it(full: Run, changed: Run
     assert_sound(changed.out)
     before, after = (read_summary(run.out)["stages"] for run in (full, changed))
     same = [name for name in before if before[name] == after[name]]
-    assert same == ["ingest", "embed.vectors", "embed.pixels", "embed.thumbnails", "dedup"]
+    embedded = ["embed.vectors", "embed.pixels", "embed.thumbnails"]
+    assert same == ["ingest", *embedded, "decontaminate", "dedup"]
     new = stage_folders(changed.out) - stage_folders(full.out)
     assert {name.rpartition("-")[0] for name in new} == set(before) - set(same)
     assert "min_side_px: 100" in read_summary(changed.out)["pipeline"]
