@@ -10,6 +10,8 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 
+from curate.memorization.rarity import RARE
+
 __all__ = ["judge"]
 
 _TWINS = ("exact_twin", "near_twin")
@@ -33,7 +35,9 @@ def judge(out: str, truth: str) -> dict[str, Any]:
         `duplicates_right`: share of the samples dropped as duplicates whose representative is of
         the same planted group. `swaps_dropped`: share of swapped captions that are not kept.
         `clean_dropped`: share of clean pairs dropped for anything but being a duplicate.
-        `undecodable_accounted`: share of undecodable and truncated images with `decode_error`.
+        `undecodable_accounted`: share of undecodable and truncated images with `decode_error`;
+        `memorized`: where there is a `memorization_kind`, shares of the kinds and mean score among
+        swaps, rare and common clean pairs.
     """
     rows = {row["key"]: row for row in pq.read_table(Path(out) / "decisions").to_pylist()}
     planted = {row["key"]: row for row in pq.read_table(truth).to_pylist()}
@@ -71,6 +75,32 @@ def judge(out: str, truth: str) -> dict[str, Any]:
         "undecodable_accounted": share(
             [rows[k]["reason"] == "decode_error" for k in of_kind("undecodable", "truncated")]
         ),
+        "memorized": _memorized(rows, of_kind("swap"), of_kind("clean")),
+    }
+
+
+def _memorized(
+    rows: dict[str, Any], swaps: list[str], clean: list[str]
+) -> dict[str, dict[str, float]] | None:
+    """Shares of each `memorization_kind`, and mean score, by what a pair is."""
+    judged = {key for key in rows if rows[key]["memorization_kind"] is not None}
+    parts = {
+        "swaps": [key for key in swaps if key in judged],
+        "rare": [key for key in clean if key in judged and rows[key]["rarity"] >= RARE],
+        "common": [key for key in clean if key in judged and rows[key]["rarity"] < RARE],
+    }
+    if not all(parts.values()):
+        return None
+    return {
+        part: {
+            "pairs": len(keys),
+            "score": round(sum(rows[k]["memorization_score"] for k in keys) / len(keys), 4),
+            **{
+                kind: round(sum(rows[k]["memorization_kind"] == kind for k in keys) / len(keys), 4)
+                for kind in ("none", "beneficial", "harmful")
+            },
+        }
+        for part, keys in parts.items()
     }
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 __all__ = ["GRID_PX", "are_copies", "pixel_matches", "worst_differences"]
 
 Array = np.ndarray[Any, Any]
-ReadImage = Callable[[int], Image.Image]
+_ReadImage = Callable[[int], Image.Image]
 
 #: Side of the compared window. 16 confuses series, 32 loses crops to sub-pixel shifts.
 GRID_PX = 24
@@ -56,7 +56,7 @@ _ALL = np.array([0.0, 0.0, 1.0, 1.0])
 def are_copies(
     left: Array,
     right: Array,
-    read_image: ReadImage,
+    read_image: _ReadImage,
     min_match: float | None,
     max_difference: float | None,
 ) -> Array:
@@ -92,7 +92,7 @@ def are_copies(
     return copies
 
 
-def pixel_matches(left: Array, right: Array, read_image: ReadImage) -> Array:
+def pixel_matches(left: Array, right: Array, read_image: _ReadImage) -> Array:
     """Correlate pairs of pictures after registering one within the other.
 
     Returns
@@ -107,7 +107,7 @@ def pixel_matches(left: Array, right: Array, read_image: ReadImage) -> Array:
     return np.maximum(one, other)
 
 
-def worst_differences(left: Array, right: Array, read_image: ReadImage) -> Array:
+def worst_differences(left: Array, right: Array, read_image: _ReadImage) -> Array:
     """Measure how much pairs of pictures differ where they differ most.
 
     Brightness and contrast count: fitting them makes large dots of small ones, and the flag of
@@ -136,7 +136,7 @@ def _groups(names: Array) -> Iterator[tuple[int, Array]]:
 
 
 def _find(
-    outer: Array, inner: Array, read_image: ReadImage, whole: Callable[[int], Array]
+    outer: Array, inner: Array, read_image: _ReadImage, whole: Callable[[int], Array]
 ) -> tuple[Array, Array]:
     """Correlations (E,) of inner pictures within outer ones, and where, (E, 4) as `_PLACES`."""
     matches = np.zeros(len(outer), np.float32)
@@ -203,7 +203,7 @@ def _norms(rows: Array) -> Array:
 
 
 def _worst(
-    outer: Array, inner: Array, windows: Array, read_image: ReadImage, enough: float = 0
+    outer: Array, inner: Array, windows: Array, read_image: _ReadImage, enough: float = 0
 ) -> Array:
     """Worst places (E,) of found pictures; of those not above `enough`, perhaps unrefined."""
     worst = np.zeros(len(outer), np.float32)

@@ -1,15 +1,18 @@
 """What counts as the same picture, for all stages that ask: the cosine proposes, pixels confirm."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from curate.dedup.copies import Array, are_copies
+from curate.dedup.copies import are_copies
 from curate.stages.base import Stage
 
 __all__ = ["Likeness"]
+
+Array = np.ndarray[Any, Any]
 
 
 class Likeness(Stage):
