@@ -97,6 +97,18 @@ def test_every_stratum_of_captions_has_its_own_share() -> None:
     np.testing.assert_allclose(means, [0.3, 0.02, 0.1], atol=0.03)
 
 
+def test_no_stratum_is_clean_where_others_are_not() -> None:
+    parts = [_planted(3000, share, 3.0, seed) for seed, share in enumerate((0.3, 0.0, 0.0))]
+    features, phantom, folds, _, _ = (
+        np.concatenate([part[column] for part in parts]) for column in range(5)
+    )
+    bits = np.repeat([1.0, 2.0, 3.0], 6000)
+    detector = fit_detector(features, bits, np.where(phantom, 0, REAL), folds)
+    assert detector is not None
+    assert detector.shares[0] == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_allclose(detector.shares[1:], detector.shares[0] / 12, rtol=0.2)
+
+
 def test_few_pairs_are_one_stratum() -> None:
     features, phantom, folds, _, _ = _planted(900, 0.1, 3.0)
     bits = np.random.default_rng(0).random(len(features))
