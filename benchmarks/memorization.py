@@ -96,14 +96,29 @@ def set_up(corpus: Corpus, kind: str, share: float, stage: Score) -> Trial:
     """Hold out a quarter of the clusters, spoil some of the rest, and score it."""
     rare = rare_rows(corpus)
     held_out = hash_unit(corpus.clusters.tolist(), stage.seed, "held out") < _HELD_OUT
-    clean = corpus.take(np.flatnonzero(~held_out))
-    classes = dict(zip(clean.captions.tolist(), clean.categories.tolist(), strict=True))
-    spoilt, planted = plant(clean, kind, share, stage.seed)
-    given = np.array([classes.get(caption, "") for caption in spoilt.captions.tolist()])
-    scored = run_score(spoilt, stage)
-    planting = Planting(spoilt, planted, scored, given, stage.proxies, stage.seed, stage.epochs)
+    spoilt, planted, given = spoil(corpus.take(np.flatnonzero(~held_out)), kind, share, stage.seed)
     held = corpus.take(np.flatnonzero(held_out))
+    planting = score_planting(spoilt, planted, given, stage)
     return Trial(planting, rare[~held_out], held, rare[held_out])
+
+
+def spoil(clean: Corpus, kind: str, share: float, seed: int) -> tuple[Corpus, Array, Array]:
+    """Plant, and tell what the captions then say the pictures are of: (N,) str, "" if nothing."""
+    classes = dict(zip(clean.captions.tolist(), clean.categories.tolist(), strict=True))
+    spoilt, planted = plant(clean, kind, share, seed)
+    given = np.array([classes.get(caption, "") for caption in spoilt.captions.tolist()])
+    return spoilt, planted, given
+
+
+def score_planting(spoilt: Corpus, planted: Array, given: Array, stage: Score) -> Planting:
+    """Run the score stage on what `spoil` returned."""
+    scored = run_score(spoilt, stage)
+    return Planting(spoilt, planted, scored, given, stage.proxies, stage.seed, stage.epochs)
+
+
+def apply_methods(planting: Planting) -> dict[str, Array]:
+    """Return what every method removes first, highest: (N,) float64 each."""
+    return {name: np.nan_to_num(score(planting)) for name, score in METHODS.items()}
 
 
 def judge_removal(badness: Array, planted: Array, rare: Array) -> dict[str, float]:
@@ -151,7 +166,7 @@ def measure(
         return judge_student(heads, held, trial.held_rare)
 
     found: dict[str, Any] = {"nothing": student(np.zeros(len(spoilt)), 0)}
-    values = {name: np.nan_to_num(score(planting)) for name, score in METHODS.items()}
+    values = apply_methods(planting)
     for name, badness in values.items():
         found[name] = {**judge_removal(badness, planted, rare), **student(badness, removed)}
     curves = {

@@ -7,7 +7,6 @@ swaps and all. Prints one JSON line; `--table` prints the same for people to rea
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,21 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.memorization import judge_removal, mean_of, rare_rows
-from benchmarks.methods import METHODS, Planting
-from benchmarks.noise import plant
+from benchmarks.memorization import (
+    apply_methods,
+    judge_removal,
+    mean_of,
+    rare_rows,
+    score_planting,
+    spoil,
+)
+from benchmarks.methods import METHODS
 from benchmarks.planting import CLEAN
-from benchmarks.tradeoff import make_data, read_pixels
-from benchmarks.trial import Corpus, read_corpus, run_score
+from benchmarks.tradeoff import find_words, make_data, read_pixels
+from benchmarks.trial import Corpus, read_corpus
 from curate.engine.workers import keep_freed_memory
 from curate.memorization.folds import hash_unit
-from curate.models.clip_proxy import ClipShape, choose_words, embed_view, pick_dtype, tokenize
+from curate.models.clip_proxy import ClipShape, embed_view, pick_dtype
 from curate.models.precision import pick_device
 from curate.models.train_clip import ClipRecipe, train_clip
 from curate.stages.score import Score
@@ -40,7 +45,7 @@ _FIGURES = ("auroc", "precision", "rare_lost", "common_lost")
 
 def train_encoder(out: Path, corpus: Corpus, epochs: int, seed: int) -> Encode:
     """Train a small CLIP on pairs, and return what shows others through it."""
-    words = choose_words(Counter(tokenize(corpus.captions.tolist()).ravel().tolist()))
+    words = find_words(corpus)
     shape = ClipShape(len(words))
     recipe = ClipRecipe(epochs, _BATCH, dtype=pick_dtype(pick_device()))
     data = make_data(corpus, read_pixels(out, corpus.uids, shape.image_px), words)
@@ -57,10 +62,7 @@ def train_encoder(out: Path, corpus: Corpus, epochs: int, seed: int) -> Encode:
 
 def judge(pairs: Corpus, planted: Array, classes: Array, rare: Array, seed: int) -> dict[str, Any]:
     """Remove by every method what the pairs' vectors let it see."""
-    stage = Score(seed=seed)
-    scored = run_score(pairs, stage)
-    planting = Planting(pairs, planted, scored, classes, stage.proxies, seed, stage.epochs)
-    values = {name: np.nan_to_num(score(planting)) for name, score in METHODS.items()}
+    values = apply_methods(score_planting(pairs, planted, classes, Score(seed=seed)))
     if pairs.shared:
         values[OWN_COSINE] = -(pairs.image * pairs.text).sum(1)
     return {name: judge_removal(badness, planted, rare) for name, badness in values.items()}
@@ -87,9 +89,7 @@ def measure(
     rare = rare_rows(corpus)
     scored = hash_unit(corpus.clusters.tolist(), seed, "strength") < 0.5
     elsewhere, clean = corpus.take(np.flatnonzero(~scored)), corpus.take(np.flatnonzero(scored))
-    classes = dict(zip(clean.captions.tolist(), clean.categories.tolist(), strict=True))
-    spoilt, planted = plant(clean, "swap", share, seed)
-    given = np.array([classes.get(caption, "") for caption in spoilt.captions.tolist()])
+    spoilt, planted, given = spoil(clean, "swap", share, seed)
     seen = {PACKAGED: spoilt}
     for epochs in lengths:
         encode = train_encoder(out, elsewhere, epochs, seed)

@@ -10,7 +10,6 @@ processes. Prints one JSON line; `--table` prints the same for people to read.
 import json
 import time
 from collections import Counter
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -81,6 +80,11 @@ def read_pixels(out: Path, uids: Array, image_px: int) -> Array:
     return np.stack([read_square(pictures[place[uid]].as_py(), image_px) for uid in uids.tolist()])
 
 
+def find_words(corpus: Corpus) -> Array:
+    """Choose the vocabulary of pairs that a small CLIP trains on: see `choose_words`."""
+    return choose_words(Counter(tokenize(corpus.captions.tolist()).ravel().tolist()))
+
+
 def make_data(corpus: Corpus, pixels: Array, words: Array) -> Data:
     """Give pairs what a small CLIP sees."""
     return Data(
@@ -116,8 +120,7 @@ class Bench:
         self.seed, self.epochs = seed, epochs
         self.trial: Trial = set_up(corpus, kind, share, Score(seed=seed))
         self.recipe = ClipRecipe(epochs, _BATCH, dtype=pick_dtype(pick_device()))
-        tokens = tokenize(self.trial.planting.corpus.captions.tolist())
-        self.words = choose_words(Counter(tokens.ravel().tolist()))
+        self.words = find_words(self.trial.planting.corpus)
         self.shape = ClipShape(len(self.words), **SIZES[size])
         self.data, self.held = (
             make_data(part, read_pixels(out, part.uids, self.shape.image_px), self.words)
@@ -126,6 +129,8 @@ class Bench:
 
     def score(self, line: str) -> Array:
         """Return what is removed first, highest: (N,) float64."""
+        if line == _EVERYTHING:
+            return np.zeros(len(self.data.clusters))
         if line != MEMORIZATION:
             return np.nan_to_num(METHODS[line](self.trial.planting))
         inside = draw_masks(self.data.clusters, _PROXIES, self.seed)
@@ -153,6 +158,14 @@ class Bench:
         figures = judge_vectors(image, text, named, self.trial.held, self.trial.held_rare)
         planted = float(self.trial.planting.planted[rows].mean())
         return {**figures, "planted": planted, "loss": trained.losses[-1]}
+
+
+def read_scores(bench: Bench, line: str, path: Path) -> Array:
+    """Return a line's scores, computed once for all processes and shares."""
+    if not path.exists():
+        storage.commit_array(str(path), bench.score(line))
+    values: Array = storage.read_array(str(path))
+    return values
 
 
 def summarize(results: dict[tuple[int, str, float], dict[str, Any]]) -> dict[str, Any]:
@@ -235,30 +248,21 @@ def main(
     order = np.roll(np.arange(seeds), -part[0] * seeds // part[1]).tolist()
     cells = [(_EVERYTHING, 1.0), *product(lines, kept)]
     for seed in order:
-
-        @cache
-        def bench(seed: int = seed) -> Bench:
-            return Bench(out, corpus, kind, share, seed, size, epochs)
-
-        @cache
-        def score(line: str, seed: int = seed) -> Array:
-            path = work / f"{setting}-{seed}-{line}.npy"
-            if not path.exists():
-                storage.commit_array(str(path), bench(seed).score(line))
-            values: Array = storage.read_array(str(path))
-            return values
-
-        for number, (line, portion) in enumerate(cells):
-            path = work / f"{setting}-{seed}-{line}-{portion:g}.json"
-            if number % part[1] == part[0] and not path.exists():
-                begun = time.monotonic()
-                badness = np.zeros(len(bench(seed).data.clusters))
-                badness = badness if line == _EVERYTHING else score(line, seed)
-                found = bench(seed).student(badness, portion)
-                storage.commit_json(str(path), found)
-                click.echo(f"{path.stem}: {time.monotonic() - begun:.0f} s", err=True)
+        name = f"{setting}-{seed}"
+        paths = {cell: work / f"{name}-{cell[0]}-{cell[1]:g}.json" for cell in cells}
+        mine = [cell for number, cell in enumerate(cells) if number % part[1] == part[0]]
+        missing = [cell for cell in mine if not paths[cell].exists()]
+        if missing:
+            bench = Bench(out, corpus, kind, share, seed, size, epochs)
+        for line, portion in missing:
+            begun = time.monotonic()
+            badness = read_scores(bench, line, work / f"{name}-{line}.npy")
+            path = paths[line, portion]
+            storage.commit_json(str(path), bench.student(badness, portion))
+            click.echo(f"{path.stem}: {time.monotonic() - begun:.0f} s", err=True)
+        for cell, path in paths.items():
             if path.exists():
-                results[seed, line, portion] = storage.read_json(str(path))
+                results[seed, *cell] = storage.read_json(str(path))
     summary = summarize(results)
     click.echo(write_table(summary) if table else json.dumps(summary))
 

@@ -76,8 +76,7 @@ def label_components(count: int, left: Array, right: Array, order: Array) -> Arr
     -------
     (N,) int64
     """
-    graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
-    return _lowest_of(connected_components(graph, directed=False)[1], order)
+    return _lowest_of(_components(count, left, right), order)
 
 
 def label_clusters(nodes: Array, left: Array, right: Array, order: Array) -> Array:
@@ -99,10 +98,11 @@ def label_clusters(nodes: Array, left: Array, right: Array, order: Array) -> Arr
         Row of the lowest-ranked sample of each sample's cluster.
     """
     count = len(nodes)
-    graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
-    component = connected_components(graph, directed=False)[1]
+    component = _components(count, left, right)
     sizes = np.bincount(component[nodes], minlength=count)
     limit = max(_MIN_CUT_SIZE, int(MAX_CLUSTER_SHARE * count))
+    if sizes.max(initial=0) <= limit:
+        return _lowest_of(component[nodes], order)
     chained = (sizes[component] > limit) & (nodes == np.arange(count))
     neighbours = coo_matrix(
         (np.ones(2 * len(left), np.int8), (np.r_[left, right], np.r_[right, left])),
@@ -117,6 +117,13 @@ def label_clusters(nodes: Array, left: Array, right: Array, order: Array) -> Arr
             component[taken] = star
             free[taken] = False
     return _lowest_of(component[nodes], order)
+
+
+def _components(count: int, left: Array, right: Array) -> Array:
+    """Number the connected components: (N,) int32."""
+    graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
+    numbers: Array = connected_components(graph, directed=False)[1]
+    return numbers
 
 
 def _lowest_of(component: Array, order: Array) -> Array:

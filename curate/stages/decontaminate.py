@@ -19,6 +19,7 @@ from curate.formats.sources import Source, find_root, identify
 from curate.schema import select_schema
 from curate.stages.base import Room, Step, Table, execution_only, one_task, shard_tasks
 from curate.stages.embed import embed_images
+from curate.stages.ingest import commit_sources, read_source, source_tasks
 from curate.stages.likeness import Likeness
 
 __all__ = ["Decontaminate"]
@@ -52,7 +53,7 @@ class Decontaminate(Likeness):
     def steps(self) -> tuple[Step, ...]:
         return (
             Step("list", _list, one_task),
-            Step("evaluation", _embed_source, _source_tasks),
+            Step("evaluation", _embed_source, source_tasks),
             Step("check", _check, one_task),
             Step("match", _match, shard_tasks),
         )
@@ -84,20 +85,13 @@ def _stage(room: Room) -> Decontaminate:
 
 def _list(room: Room, task: str) -> dict[str, float]:
     """Put down the sources, so that not every task has to list the whole input again."""
-    sources = _stage(room).list_sources()
-    storage.commit_json(room.path("sources.json"), [source.to_json() for source in sources])
-    return {"sources": len(sources)}
-
-
-def _source_tasks(room: Room) -> list[str]:
-    return [f"{i:05d}" for i in range(len(storage.read_json(room.path("sources.json"))))]
+    return {"sources": commit_sources(room, _stage(room).list_sources())}
 
 
 def _embed_source(room: Room, task: str) -> dict[str, float]:
     """Commit name, vector and thumbnail of every evaluation image of one source."""
-    record = storage.read_json(room.path("sources.json"))[int(task)]
     root = find_root(_stage(room).inputs)
-    source = Source.from_json(record, root)
+    source = read_source(room, task, root)
     index = formats.FORMATS[source.kind].scan(source, None).table
     vectors, valid, thumbnails = embed_images(room, formats.read_images(root, index), len(index))
     table = pa.table(
@@ -132,25 +126,27 @@ def _check(room: Room, task: str) -> dict[str, float]:
 
 
 def _paths(room: Room) -> list[str]:
-    return [room.path("evaluation", f"{task}.parquet") for task in _source_tasks(room)]
+    return [room.path("evaluation", f"{task}.parquet") for task in source_tasks(room)]
 
 
 def _match(room: Room, shard: str) -> dict[str, float]:
     """Commit, for every sample of a shard, the evaluation image that it is most like."""
     from curate.dedup.neighbors import pairs_within, unit_rows
 
-    stage = _stage(room)
-    table = room.read(shard, stage.reads())
-    vectors, valid = storage.read_vectors(table["image_emb"])
-    own = np.flatnonzero(valid & np.isfinite(vectors).all(1))
+    stage, paths = _stage(room), _paths(room)
+    table = room.read(shard, stage.reads() if paths else [])
     names: list[str | None] = [None] * len(table)
     cosines = np.full(len(table), np.nan, np.float32)
-    for path in _paths(room):
+    if paths:
+        vectors, valid = storage.read_vectors(table["image_emb"])
+        own = np.flatnonzero(valid & np.isfinite(vectors).all(1))
+        queries = unit_rows(vectors[own])
+    for path in paths:
         known = storage.read_table(path)
         if len(known) == 0 or len(own) == 0:
             continue
         base = unit_rows(storage.read_vectors(known["image_emb"])[0])
-        left, right, cosine = pairs_within(unit_rows(vectors[own]), base, stage.min_cosine)
+        left, right, cosine = pairs_within(queries, base, stage.min_cosine)
         left = own[left]
         numbers = len(table) + right
         confirmed = stage.confirm(left, numbers, _thumbnail_reader(table, known))

@@ -158,8 +158,9 @@ def _probe_samples(room: Room, encoder: "Encoder") -> tuple[list[Any], list[str]
 
 
 def _stage(room: Room) -> Embed:
-    assert isinstance(room.stage, Embed)
-    return room.stage
+    """Return the run's own, which a later stage may ask for too."""
+    (stage,) = (stage for stage in room.pipeline if isinstance(stage, Embed))
+    return stage
 
 
 @dataclass
@@ -174,9 +175,8 @@ class _Sample:
 
 def _towers(room: Room) -> tuple["Encoder", dict[str, Any]]:
     """Return the run's encoder and what was chosen for it."""
-    (stage,) = (stage for stage in room.pipeline if isinstance(stage, Embed))
-    choice = storage.read_json(storage.join(room.folders["embed.vectors"], "precision.json"))
-    return _load(stage.encoder, choice["device"]), choice
+    choice = storage.read_json(room.path("precision.json", table="embed.vectors"))
+    return _load(_stage(room).encoder, choice["device"]), choice
 
 
 def embed_images(
@@ -235,11 +235,8 @@ def _decode_all(
     thumbnails: bool | None = None,
 ) -> Iterator[_Sample]:
     """Decode images in order, ahead of the encoder where there are cores for it."""
-    (stage,) = (stage for stage in room.pipeline if isinstance(stage, Embed))
-    max_pixels, working_px = (
-        stage.max_pixels,
-        max(_THUMBNAIL_PX, encoder.image_px if encoder else 0),
-    )
+    max_pixels = _stage(room).max_pixels
+    working_px = max(_THUMBNAIL_PX, encoder.image_px if encoder else 0)
     small = "embed.thumbnails" in room.missing if thumbnails is None else thumbnails
 
     def work(data: bytes | None) -> _Sample:

@@ -21,7 +21,7 @@ from curate.formats.sources import Source, find_root, identify, open_binary
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
 
-__all__ = ["Ingest"]
+__all__ = ["Ingest", "commit_sources", "read_source", "source_tasks"]
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Ingest(Stage):
         """List the sources, scan each, decide the shards, write them."""
         return (
             Step("list", _list, one_task),
-            Step("scan", _scan, _scan_tasks),
+            Step("scan", _scan, source_tasks),
             Step("layout", _decide_layout, one_task),
             Step("shards", _write_shard, shard_tasks),
         )
@@ -147,14 +147,26 @@ def _ingest(room: Room) -> Ingest:
 def _list(room: Room, task: str) -> dict[str, float]:
     """Put down the sources, so that not every task has to list the whole input again."""
     sources = _ingest(room).list_sources()
+    count = commit_sources(room, sources)
+    return {"sources": count, "size_bytes": sum(s.size_bytes for s in sources)}
+
+
+def commit_sources(room: Room, sources: list[Source]) -> int:
+    """Put down what a stage reads from outside, for its tasks; return how many."""
     storage.commit_json(room.path("sources.json"), [source.to_json() for source in sources])
-    return {"sources": len(sources), "size_bytes": sum(s.size_bytes for s in sources)}
+    return len(sources)
 
 
-def _scan_tasks(room: Room) -> list[str]:
+def source_tasks(room: Room) -> list[str]:
+    """One task per source put down."""
     count = len(storage.read_json(room.path("sources.json")))
     width = max(5, len(str(count - 1)))
     return [str(i).zfill(width) for i in range(count)]
+
+
+def read_source(room: Room, task: str, root: str) -> Source:
+    """Return the source of a task; `root` is what names are relative to."""
+    return Source.from_json(storage.read_json(room.path("sources.json"))[int(task)], root)
 
 
 def _scan_url(room: Room, task: str) -> str:
@@ -164,8 +176,7 @@ def _scan_url(room: Room, task: str) -> str:
 def _scan(room: Room, task: str) -> dict[str, float]:
     """Index one source."""
     ingest = _ingest(room)
-    record = storage.read_json(room.path("sources.json"))[int(task)]
-    source = Source.from_json(record, ingest.folder())
+    source = read_source(room, task, ingest.folder())
     found = formats.FORMATS[source.kind].scan(source, ingest.uid_column)
     table = _with_uids(found.table, ingest.dataset)
     with storage.commit(_scan_url(room, task)) as path:
@@ -202,7 +213,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
     """Decide which rows of which scan make up which shard."""
     ingest = _ingest(room)
     records = storage.read_json(room.path("sources.json"))
-    urls = [_scan_url(room, task) for task in _scan_tasks(room)]
+    urls = [_scan_url(room, task) for task in source_tasks(room)]
     counts = [_count_rows(url) for url in urls]
     if not sum(counts):
         shown = ", ".join(ingest.inputs[:3])
@@ -322,7 +333,7 @@ def _write_shard(room: Room, task: str) -> dict[str, float]:
     repeats = storage.read_array(room.path("repeats.npy"))
     picked_url = room.path("picked.npy")
     picked = storage.read_array(picked_url) if storage.exists(picked_url) else None
-    names = _scan_tasks(room)
+    names = source_tasks(room)
     tables = []
     for scan, start, stop in parts:
         rows = np.arange(start, stop) if picked is None else _rows_of(picked, scan)[start:stop]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import strength
+from benchmarks import memorization, strength
 from benchmarks.methods import METHODS
 from benchmarks.strength import OWN_COSINE, PACKAGED, SCORED, measure, summarize, write_table
 from benchmarks.trial import Corpus
@@ -26,7 +26,8 @@ def test_an_encoder_trained_on_others_sees_more(
     painted: tuple[Path, Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = {name: METHODS[name] for name in ("random", "left-out cosine", "ours", "oracle")}
-    monkeypatch.setattr(strength, "METHODS", kept)
+    for module in (memorization, strength):
+        monkeypatch.setattr(module, "METHODS", kept)
     out, corpus = painted
     corpus = Corpus(**{**vars(corpus), "shared": False})
     result = measure(out, corpus, (1, 12), 0.2, 0)

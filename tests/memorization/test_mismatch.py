@@ -82,14 +82,20 @@ def test_features_that_say_nothing_give_finite_numbers() -> None:
     assert np.isfinite(stderr).all()
 
 
-def test_every_stratum_of_captions_has_its_own_share() -> None:
-    parts = [_planted(3000, share, 3.0, seed) for seed, share in enumerate((0.3, 0.02, 0.1))]
+def _fit_strata(*planted: float) -> tuple[Detector, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Fit on strata of captions of so many planted; return also features, phantom, folds, bits."""
+    parts = [_planted(3000, share, 3.0, seed) for seed, share in enumerate(planted)]
     features, phantom, folds, _, _ = (
         np.concatenate([part[column] for part in parts]) for column in range(5)
     )
     bits = np.repeat([1.0, 2.0, 3.0], 6000)
     detector = fit_detector(features, bits, np.where(phantom, 0, REAL), folds)
     assert detector is not None
+    return detector, features, phantom, folds, bits
+
+
+def test_every_stratum_of_captions_has_its_own_share() -> None:
+    detector, features, phantom, folds, bits = _fit_strata(0.3, 0.02, 0.1)
     np.testing.assert_allclose(detector.shares, [0.3, 0.02, 0.1], atol=0.03)
     assert detector.share == pytest.approx(detector.shares.mean(), abs=1e-6)
     probability, _ = detector.probabilities(features, bits, folds[:, 0])
@@ -98,13 +104,7 @@ def test_every_stratum_of_captions_has_its_own_share() -> None:
 
 
 def test_no_stratum_is_clean_where_others_are_not() -> None:
-    parts = [_planted(3000, share, 3.0, seed) for seed, share in enumerate((0.3, 0.0, 0.0))]
-    features, phantom, folds, _, _ = (
-        np.concatenate([part[column] for part in parts]) for column in range(5)
-    )
-    bits = np.repeat([1.0, 2.0, 3.0], 6000)
-    detector = fit_detector(features, bits, np.where(phantom, 0, REAL), folds)
-    assert detector is not None
+    detector, *_ = _fit_strata(0.3, 0.0, 0.0)
     assert detector.shares[0] == pytest.approx(0.3, abs=0.03)
     np.testing.assert_allclose(detector.shares[1:], detector.shares[0] / 12, rtol=0.2)
 

@@ -112,6 +112,7 @@ def match(folder: Path, samples: np.ndarray, known: list[np.ndarray], stage: Dec
     valid = np.isfinite(samples).all(1)
     vectors = storage.vector_column(samples.astype(np.float16), np.ones(len(samples), bool))
     assert not valid.all()
+    room.commit_shard("ingest", "00000", uids)
     room.commit_shard("embed.vectors", "00000", uids.append_column("image_emb", vectors))
     storage.commit_json(room.path("sources.json"), [{}] * len(known))
     for number, part in enumerate(known):
