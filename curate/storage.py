@@ -44,6 +44,7 @@ __all__ = [
     "make_folder",
     "mirror",
     "read_array",
+    "read_array_rows",
     "read_bytes",
     "read_json",
     "read_table",
@@ -221,6 +222,21 @@ def read_array(url: str) -> np.ndarray[Any, Any]:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     with fs.open(path, "rb") as file:
         return np.load(file, allow_pickle=False)
+
+
+def read_array_rows(url: str, start: int, end: int) -> np.ndarray[Any, Any]:
+    """Return rows `start` to `end` of an array at `url`, and read no others."""
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[start:end])
+    with fs.open(path, "rb", block_size=1 << 16) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+        shape, _, kind = read_header(file)
+        begin = file.tell()
+    row_bytes = kind.itemsize * int(np.prod(shape[1:]))
+    data = fs.cat_file(path, begin + start * row_bytes, begin + end * row_bytes)
+    return np.frombuffer(data, kind).reshape(-1, *shape[1:])
 
 
 def commit_table(url: str, table: pa.Table, metadata: dict[str, str] | None = None) -> None:

@@ -23,7 +23,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 #: Package -> where alone it may be imported.
 CONFINED = {
-    "torch": ("models/",),
+    "torch": ("models/", "dedup/neighbors.py"),
     "torchvision": ("models/",),
     "open_clip": ("models/",),
     "timm": ("models/",),

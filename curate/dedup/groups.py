@@ -1,6 +1,7 @@
 """Edges to groups, and the walk that decides which of them stay."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 __all__ = [
     "MAX_CLUSTER_SHARE",
+    "Spots",
     "Walk",
     "equal_value_edges",
     "label_clusters",
@@ -23,6 +25,8 @@ Array = np.ndarray[Any, Any]
 MAX_CLUSTER_SHARE = 0.01
 #: In small sets a share means nothing: groups up to this size are never cut.
 _MIN_CUT_SIZE = 50
+#: Members of a spot that are compared at once.
+_BLOCK = 16384
 
 
 def unique_pairs(left: Array, right: Array, cosines: Array) -> tuple[Array, Array, Array]:
@@ -135,6 +139,49 @@ def _lowest_of(component: Array, order: Array) -> Array:
     return labels
 
 
+class Spots(NamedTuple):
+    """Sets of samples whose pairs are not written down but compared when needed (`dedup.cells`).
+
+    Parameters
+    ----------
+    rows : (S,) int64
+        Members of all spots, one spot after another; the first of each is its centre. A sample may
+        be in several.
+    starts : (T + 1,) int64
+        Where each spot starts.
+    vectors : (S, D) float16
+    min_cosine : float
+        From which two members of a spot are a pair.
+    """
+
+    rows: Array
+    starts: Array
+    vectors: Array
+    min_cosine: float
+
+    def stars(self) -> tuple[Array, Array]:
+        """Return the pairs of every centre with its members: (E,) int64 twice."""
+        centres = np.repeat(self.rows[self.starts[:-1]], np.diff(self.starts))
+        proper = centres != self.rows
+        return centres[proper], self.rows[proper]
+
+    def contain(self, left: Array, right: Array) -> Array:
+        """Tell which pairs of rows share a spot: (E,) bool."""
+        number = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        order = np.argsort(self.rows, kind="stable")
+        rows, number = self.rows[order], number[order]
+        count = int(max(rows.max(initial=0), right.max(initial=0))) + 1
+        known = np.sort(number * count + rows)
+        both = np.zeros(len(left), bool)
+        first, last = (np.searchsorted(rows, left, side) for side in ("left", "right"))
+        for step in range(int((last - first).max(initial=0))):
+            pair = np.flatnonzero(first + step < last)
+            wanted = number[first[pair] + step] * count + right[pair]
+            place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+            both[pair] |= known[place] == wanted
+        return both
+
+
 class Walk(NamedTuple):
     """What `walk` decided.
 
@@ -165,6 +212,7 @@ def walk(
     exact_group: Array,
     kinds: Array | None = None,
     quota: int = 0,
+    spots: Spots | None = None,
 ) -> Walk:
     """Keep samples in order of preference unless they reach one already kept.
 
@@ -185,6 +233,8 @@ def walk(
         At most `quota` samples of equal kind are kept; of those below 0 all. What comes too late is
         neither kept nor a duplicate, and keeps nothing else away.
     quota : int
+    spots : Spots, optional
+        Further edges, between rows that stand for others.
 
     Returns
     -------
@@ -196,35 +246,74 @@ def walk(
         (np.r_[cosines, cosines], (ends, np.r_[right, left])), shape=(count, count)
     ).tocsr()
     linked = np.diff(graph.indptr) > 0
-    rank = np.empty(count, np.int64)
-    rank[preference] = np.arange(count)
+    members = _SpotMembers(spots, count)
     representative = np.full(count, -1, np.int64)
     cosine = np.full(count, np.nan, np.float32)
     places = Counter[int]()
-    # By the row that stands for equals: which of them is kept.
+    # By the row that stands for equals: which of them is kept, and the nearest kept one.
     kept = np.full(count, -1, np.int64)
+    reached = np.full(count, -1, np.int64)
+    nearness = np.full(count, -np.inf, np.float32)
+
+    def mark(near: Array, values: Array, row: int) -> None:
+        # Of equally near ones the most preferred stays, which came first.
+        closer = values > nearness[near]
+        reached[near[closer]], nearness[near[closer]] = row, values[closer]
+
     for row in preference[eligible[preference]]:
         node = nodes[row]
         if kept[node] >= 0:
             representative[row], cosine[row] = kept[node], 1.0
             continue
-        if linked[node]:
-            span = slice(graph.indptr[node], graph.indptr[node + 1])
-            near = kept[graph.indices[span]]
-            reached = near >= 0
-            if reached.any():
-                # The nearest of the kept; of equally near ones the most preferred.
-                near, close = near[reached], graph.data[span][reached]
-                best = np.lexsort((rank[near], -close))[0]
-                representative[row], cosine[row] = near[best], close[best]
-                continue
+        if reached[node] >= 0:
+            representative[row], cosine[row] = reached[node], nearness[node]
+            continue
         if kinds is not None and kinds[row] >= 0:
             places[int(kinds[row])] += 1
             if places[int(kinds[row])] > quota:
                 continue
         kept[node] = row
+        if linked[node]:
+            span = slice(graph.indptr[node], graph.indptr[node + 1])
+            mark(graph.indices[span], graph.data[span], row)
+        for near, values in members.around(node):
+            mark(near, values, row)
     exact = (representative >= 0) & (exact_group >= 0)
     exact &= exact_group == exact_group[representative]
     stays = np.zeros(count, bool)
     stays[kept[kept >= 0]] = True
     return Walk(stays, representative, cosine, exact)
+
+
+class _SpotMembers:
+    """Finds what is near a row in each of its spots."""
+
+    def __init__(self, spots: Spots | None, count: int) -> None:
+        self._spots = spots
+        rows = spots.rows if spots is not None else np.zeros(0, np.int64)
+        self._order = np.argsort(rows, kind="stable")
+        self._bounds = np.searchsorted(rows[self._order], np.arange(count + 1))
+        self._some = np.diff(self._bounds) > 0
+
+    def around(self, row: int) -> Iterator[tuple[Array, Array]]:
+        """Yield rows and their cosines to `row`, spot by spot."""
+        spots = self._spots
+        if spots is None or not self._some[row]:
+            return
+        for place in self._order[self._bounds[row] : self._bounds[row + 1]]:
+            spot = int(np.searchsorted(spots.starts, place, side="right")) - 1
+            span = slice(spots.starts[spot], spots.starts[spot + 1])
+            cosines = _cosines(spots.vectors[span], spots.vectors[place])
+            near = (cosines >= np.float32(spots.min_cosine)) & (spots.rows[span] != row)
+            yield spots.rows[span][near], cosines[near]
+
+
+def _cosines(vectors: Array, one: Array) -> Array:
+    """Cosines of (S, D) vectors to one of them, as `neighbors.exact_cosines` has them."""
+    from curate.dedup.neighbors import exact_cosines
+
+    parts = [
+        exact_cosines(part, np.broadcast_to(one, part.shape))
+        for part in (vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK))
+    ]
+    return np.concatenate(parts)

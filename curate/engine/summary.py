@@ -80,9 +80,10 @@ def _describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[st
             lines.append(f"Warning: {scanned[name]:.0f} {meaning}")
     recall = facts.get("dedup", {}).get("recall", {})
     if recall.get("recall") is not None:
+        low, high = recall["interval"]
         lines.append(
             f"Duplicate pairs found, of those that brute force finds: {recall['recall']:.2%} "
-            f"({recall['rows']} samples)"
+            f"({low:.2%} to {high:.2%} by {recall['rows']} samples)"
         )
         if not recall["reached"]:
             lines.append("Warning: that is below dedup.target_recall; raise dedup.max_probes")

@@ -131,7 +131,7 @@ def _paths(room: Room) -> list[str]:
 
 def _match(room: Room, shard: str) -> dict[str, float]:
     """Commit, for every sample of a shard, the evaluation image that it is most like."""
-    from curate.dedup.neighbors import pairs_within, unit_rows
+    from curate.dedup.neighbors import Rows, pairs_within
 
     stage, paths = _stage(room), _paths(room)
     table = room.read(shard, stage.reads() if paths else [])
@@ -140,13 +140,13 @@ def _match(room: Room, shard: str) -> dict[str, float]:
     if paths:
         vectors, valid = storage.read_vectors(table["image_emb"])
         own = np.flatnonzero(valid & np.isfinite(vectors).all(1))
-        queries = unit_rows(vectors[own])
+        queries = Rows.of(vectors[own])
     for path in paths:
         known = storage.read_table(path)
         if len(known) == 0 or len(own) == 0:
             continue
-        base = unit_rows(storage.read_vectors(known["image_emb"])[0])
-        left, right, cosine = pairs_within(queries, base, stage.min_cosine)
+        base = Rows.of(storage.read_vectors(known["image_emb"])[0])
+        left, right, cosine = pairs_within(queries, base, stage.min_cosine, room.threads)
         left = own[left]
         numbers = len(table) + right
         confirmed = stage.confirm(left, numbers, _thumbnail_reader(table, known))

@@ -15,7 +15,7 @@ from curate.memorization.mismatch import RUNGS
 from curate.memorization.rarity import RARE
 from curate.schema import COLUMNS, REASONS, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
-from curate.stages.dedup import read_edges, read_nodes, shard_starts
+from curate.stages.dedup_inputs import read_edges, read_nodes, read_spots, shard_starts
 from curate.stages.score_inputs import read_phantoms
 
 __all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
@@ -160,6 +160,7 @@ class _Copies:
 
     order: Array
     edges: tuple[Array, Array, Array]
+    spots: groups.Spots | None
     nodes: Array
     byte_groups: Array
     captions: Array | None
@@ -169,7 +170,10 @@ class _Copies:
         """See `groups.walk`; edges below a cosine do not count."""
         near = self.edges[2] >= min_cosine
         left, right, cosines = (part[near] for part in self.edges)
-        limits = (self.nodes, self.byte_groups, self.captions, self.quota)
+        spots = self.spots
+        if spots is not None:
+            spots = spots._replace(min_cosine=max(spots.min_cosine, min_cosine))
+        limits = (self.nodes, self.byte_groups, self.captions, self.quota, spots)
         return groups.walk(self.order, eligible, left, right, cosines, *limits)
 
 
@@ -179,9 +183,10 @@ def _read_copies(room: Room, table: pa.Table, order: Array) -> _Copies:
     limits = (captions, quota or 0)
     if not room.has("cluster_id"):
         none = np.full(len(table), -1)
-        return _Copies(order, _NO_EDGES, np.arange(len(table)), none, *limits)
+        return _Copies(order, _NO_EDGES, None, np.arange(len(table)), none, *limits)
     known = _byte_groups(table["sha256"])
-    return _Copies(order, read_edges(room, "edges"), read_nodes(room), known, *limits)
+    edges, spots = read_edges(room, "edges"), read_spots(room)
+    return _Copies(order, edges, spots, read_nodes(room), known, *limits)
 
 
 def _caption_codes(captions: list[str | None]) -> Array:
@@ -325,6 +330,8 @@ def _calibrate(room: Room, table: pa.Table, eligible: Array, limit: float) -> di
 def _what_if(copies: _Copies, eligible: Array) -> list[dict[str, float]]:
     """Tell how many samples a stricter `dedup.min_cosine` would have kept, of the same edges."""
     least = copies.edges[2].min(initial=1)
+    if copies.spots is not None and len(copies.spots.rows):
+        least = min(least, copies.spots.min_cosine)
     return [
         {"min_cosine": cosine, "kept": int(copies.walk(eligible, cosine).kept.sum())}
         for cosine in _STRICTER

@@ -2,10 +2,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from curate.dedup import neighbors
 from curate.dedup.neighbors import (
+    Rows,
     assign_cells,
-    nearest,
+    exact_cosines,
     pairs_within,
     train_centroids,
     unit_rows,
@@ -41,7 +44,7 @@ def test_pairs_within_against_brute_force(min_cosine: float) -> None:
     cosines = queries.astype(np.float64) @ base.T.astype(np.float64)
     # No pair lies within rounding of the threshold, so that the sets must be equal.
     assert np.abs(cosines - min_cosine).min() > 1e-6
-    left, right, found = pairs_within(queries, base, min_cosine)
+    left, right, found = pairs_within(Rows.of(queries), Rows.of(base), min_cosine)
     expected = set(zip(*(ends.tolist() for ends in np.nonzero(cosines >= min_cosine)), strict=True))
     assert len(expected) > 10
     assert len(left) == len(expected)
@@ -54,40 +57,55 @@ def test_pairs_within_spans_blocks_of_queries() -> None:
     rng = np.random.default_rng(2)
     base = unit_rows(rng.standard_normal((5, 16)))
     queries = base[rng.integers(0, 5, 9000)]
-    left, right, _ = pairs_within(queries, base, 0.999)
+    left, right, _ = pairs_within(Rows.of(queries), Rows.of(base), 0.999)
     assert left.tolist() == list(range(9000))
     np.testing.assert_array_equal(base[right], queries)
 
 
-@pytest.mark.parametrize("cosine", [0.5, 0.96, 1.0])
-def test_the_threshold_itself_is_reached(cosine: float) -> None:
-    # One coordinate decides, so that the product is the float32 threshold to the last bit.
-    base = np.zeros((1, 4), np.float32)
-    base[0, 0] = 1
-    at = np.float32(cosine)
-    queries = np.zeros((3, 4), np.float32)
-    queries[:, 0] = [at, np.nextafter(at, np.float32(2)), np.nextafter(at, np.float32(-2))]
-    left, right, found = pairs_within(queries, base, cosine)
-    assert left.tolist() == [0, 1]
-    assert right.tolist() == [0, 0]
-    assert found[0] == at
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_threshold_means_the_same_at_any_precision(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "_fastest_type", lambda: kind)
+    rng = np.random.default_rng(7)
+    vectors = clustered(rng, 300).astype(np.float16) * np.float16(3)
+    rows = Rows.of(vectors)
+    assert rows.screen.dtype == kind
+    one, other = np.nonzero(~np.eye(300, dtype=bool))
+    cosines = exact_cosines(vectors[one], vectors[other])
+    double = vectors.astype(np.float64)
+    double /= np.linalg.norm(double, axis=1)[:, None]
+    np.testing.assert_allclose(cosines, (double[one] * double[other]).sum(1), atol=1e-6)
+    for place in rng.integers(0, len(one), 50):
+        # A pair's own cosine is reached, and the next number above it is not.
+        at = cosines[place]
+        for limit, reached in ((at, True), (np.nextafter(at, np.float32(2)), False)):
+            left, right, found = pairs_within(rows, rows, float(limit))
+            apart = left != right
+            assert set(zip(left[apart], right[apart], strict=True)) == {
+                (a, b) for a, b in zip(one[cosines >= limit], other[cosines >= limit], strict=True)
+            }
+            hit = (left == one[place]) & (right == other[place])
+            assert hit.any() == reached
+            assert not reached or found[hit] == at
 
 
 def test_pairs_within_without_queries() -> None:
-    found = pairs_within(np.zeros((0, 4), np.float32), np.eye(4, dtype=np.float32), 0.5)
-    assert [len(part) for part in found] == [0, 0, 0]
+    none, some = Rows.of(np.zeros((0, 4), np.float32)), Rows.of(np.eye(4, dtype=np.float32))
+    for one, other in ((none, some), (some, none)):
+        assert [len(part) for part in pairs_within(one, other, 0.5)] == [0, 0, 0]
 
 
-def test_nearest_against_brute_force() -> None:
-    rng = np.random.default_rng(3)
-    queries, base = clustered(rng, 60), clustered(rng, 300)
-    cosines, rows = nearest(queries, base, 7)
-    truth = queries.astype(np.float64) @ base.T.astype(np.float64)
-    order = np.argsort(-truth, axis=1)[:, :7]
-    assert cosines.shape == rows.shape == (60, 7)
-    np.testing.assert_array_equal(rows, order)
-    np.testing.assert_allclose(cosines, np.take_along_axis(truth, order, axis=1), atol=1e-5)
-    assert (np.diff(cosines, axis=1) <= 0).all()
+def test_only_the_nearest_of_each_query() -> None:
+    rng = np.random.default_rng(8)
+    queries, base = clustered(rng, 50), clustered(rng, 5000)
+    left, right, found = pairs_within(Rows.of(queries), Rows.of(base), 0.3, most=7)
+    cosines = queries @ base.T
+    for query in range(50):
+        mine = left == query
+        best = np.sort(cosines[query][cosines[query] >= 0.3])[::-1][:7]
+        np.testing.assert_allclose(np.sort(found[mine])[::-1], best, atol=1e-5)
+        np.testing.assert_allclose(cosines[query, right[mine]], found[mine], atol=1e-5)
 
 
 def test_centroids_are_unit_and_reproducible() -> None:
@@ -102,11 +120,16 @@ def test_centroids_are_unit_and_reproducible() -> None:
     assert every.shape == (6, 32)
 
 
-@pytest.mark.parametrize("probes", [1, 3, 9])
-def test_assign_cells_against_brute_force(probes: int) -> None:
+@pytest.mark.parametrize("most", [1, 3, 9])
+def test_assign_cells_against_brute_force(most: int) -> None:
     rng = np.random.default_rng(5)
     vectors, centroids = clustered(rng, 100), unit_rows(rng.standard_normal((5, 32)))
-    cells = assign_cells(vectors, centroids, probes)
-    expected = np.argsort(-(vectors @ centroids.T), axis=1)[:, : min(probes, 5)]
-    assert cells.dtype == np.int32
-    np.testing.assert_array_equal(cells, expected)
+    cells, detours = assign_cells(vectors, centroids, most)
+    cosines = vectors @ centroids.T
+    expected = np.argsort(-cosines, axis=1)[:, : min(most, 5)]
+    assert (cells.dtype, detours.dtype) == (np.int32, np.float16)
+    np.testing.assert_array_equal(cells.T, expected)
+    ordered = np.take_along_axis(cosines, expected, 1)
+    given_up = np.arange(ordered.shape[1]) * (ordered[:, :1] - ordered)
+    np.testing.assert_allclose(detours.T, given_up, atol=2e-3)
+    assert (np.diff(detours, axis=0) >= 0).all()

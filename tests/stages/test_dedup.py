@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from curate import storage
 from curate.formats.pixels import make_thumbnail
 from curate.stages.base import Room
-from curate.stages.dedup import Dedup, read_edges
+from curate.stages.dedup import Dedup
+from curate.stages.dedup_inputs import read_edges
 
 Array = np.ndarray[Any, Any]
 
@@ -188,29 +189,38 @@ def recall_of(data: Data, room: Room, shards: list[list[int]], rows: Array) -> l
 
 
 @pytest.mark.parametrize(("target", "most"), [(0.9, 32), (0.999, 32), (1.0, 32), (0.999, 2)])
-def test_probes_rise_until_the_recall_is_reached(tmp_path: Path, target: float, most: int) -> None:
+def test_the_reach_grows_until_the_recall_is_reached(
+    tmp_path: Path, target: float, most: int
+) -> None:
     data = clustered(2400, seed=1)
     shards = cut(2400, 3)
     stage = Dedup(min_cosine=0.7, target_recall=target, max_probes=most, seed=4)
     room, counts = run(tmp_path, data, stage, shards)
-    asked = storage.read_array(room.path("recall_rows.npy"))
-    assert len(set(asked.tolist())) == 2400  # all of so small a set
+    asked = storage.read_array(room.path("query_rows.npy"))
+    assert len(set(asked.tolist())) == counts["queries.queries"] == 2400  # all of so small a set
     shares = recall_of(data, room, shards, asked)
     recall = room.stage.facts(room)["recall"]
     assert recall["rows"] == len(shares)
     assert recall["recall"] == pytest.approx(np.mean(shares), abs=1e-6)
-    assert recall["stderr"] == pytest.approx(np.std(shares) / len(shares) ** 0.5, abs=1e-6)
-    assert recall["probes"] == counts["probes.probes"] <= most
+    low, high = recall["interval"]
+    assert low < recall["recall"] <= high <= 1
+    visited = counts["spread.visits"] / 2400
     if most == 2:  # what cannot be reached is told
-        assert recall["probes"] == 2
+        assert visited <= 2
         assert not recall["reached"]
         assert recall["recall"] < target
         return
     assert recall["recall"] >= target
     assert recall["reached"]
-    fewer = Dedup(min_cosine=0.7, target_recall=target, max_probes=recall["probes"] - 1, seed=4)
-    less, _ = run(tmp_path / "less", data, fewer, shards)
-    assert less.stage.facts(less)["recall"]["recall"] < target
+    assert 1 < visited < 32
+    # The shortest that finds them: any less misses more than half of what may be missed.
+    path = room.path("reach.json")
+    reach = storage.read_json(path)["reach"]
+    storage.commit_json(path, {"reach": float(np.nextafter(np.float16(reach), np.float16(0)))})
+    for step in stage.steps()[7:10]:
+        for task in step.tasks(room):
+            step.run(room, task)
+    assert room.stage.facts(room)["recall"]["recall"] < 1 - (1 - target) / 2
 
 
 def test_order_and_size_of_shards_do_not_matter(tmp_path: Path) -> None:
@@ -258,9 +268,8 @@ def test_pixels_confirm_what_cosines_propose(tmp_path: Path) -> None:
     assert room.stage.facts(room)["recall"] == {
         "rows": 8,
         "recall": 1.0,
-        "stderr": 0.0,
+        "interval": [0.675584, 1.0],
         "reached": True,
-        "probes": 1,
     }
     assert "thumbnail" not in Dedup().reads()
 
@@ -299,9 +308,8 @@ def test_no_usable_vector(tmp_path: Path) -> None:
     assert facts["recall"] == {
         "rows": 0,
         "recall": None,
-        "stderr": None,
+        "interval": None,
         "reached": True,
-        "probes": 1,
     }
     assert facts["edges"] == {"equal": 0, "semantic": 0}
 

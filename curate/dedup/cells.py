@@ -1,0 +1,181 @@
+"""Search one cell: the pairs in it, and spots where pairs would be too many to write down.
+
+A spot is a picture and everything near it, thousands of times the same logo. Its pairs grow with
+the square of its size, so they are not written: whoever needs them compares the spot's vectors
+(`groups.walk` does, with those that it keeps, which are few).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from curate.dedup.neighbors import Rows, pairs_within
+
+__all__ = ["Found", "order_cells", "search_cell"]
+
+Array = np.ndarray[Any, Any]
+
+#: Pairs that a cell may give per member before spots are looked for. With two cells visited per
+#: sample this stays under ten edges a sample.
+_PAIRS_PER_MEMBER = 4
+#: Fewer pairs than this at one picture are no spot.
+_LEAST_SPOT = 16
+#: Members above which spots are looked for before all pairs are computed, and how many are asked.
+_LARGE_CELL, _ASKED = 4096, 64
+#: Spots looked for among those asked, at most.
+_MOST_SPOTS = 64
+
+
+class Found(NamedTuple):
+    """What a cell holds.
+
+    Parameters
+    ----------
+    left, right : (E,) int64
+        Pairs, as places in what was searched.
+    cosines : (E,) float32
+    spots : list of (S,) int64
+        Places of each spot, its centre first; pairs within one are not among the pairs above.
+    """
+
+    left: Array
+    right: Array
+    cosines: Array
+    spots: list[Array]
+
+
+#: Tells which of the pairs (left, right) are copies; None where the cosine alone decides.
+Confirm = Callable[[Array, Array], Array] | None
+
+
+def search_cell(
+    around: Rows,
+    members: Array,
+    min_cosine: float,
+    threads: int = 1,
+    most: int | None = None,
+    confirm: Confirm = None,
+) -> Found:
+    """Find the pairs of a cell's members with each other and with its visitors.
+
+    Parameters
+    ----------
+    around : Rows of (N, D)
+        Members and visitors.
+    members : (M,) int64
+        Places of the members in `around`.
+    min_cosine : float
+    most : int, optional
+        Pairs per row, those of the highest cosine; all if None.
+    confirm : callable, optional
+        Tells which pairs of places count. Asked only about the pairs of a spot's centre; the caller
+        must ask about those returned.
+    """
+    spots = _find_spots(around, members, min_cosine, threads, confirm)
+    inside = np.zeros((len(spots), len(around)), bool)
+    for number, spot in enumerate(spots):
+        inside[number, spot] = True
+    # By the first spot that holds them: nobody of it needs comparing with them.
+    home = np.where(inside.any(0), inside.argmax(0), -1) if spots else np.full(len(around), -1)
+    parts = []
+    for first in range(-1, len(spots)):
+        base = members[home[members] == first]
+        asking = np.flatnonzero(~inside[first]) if first >= 0 else np.arange(len(around))
+        query, other, cosines = pairs_within(
+            around.take(asking), around.take(base), min_cosine, threads, _plus_self(most)
+        )
+        parts.append((asking[query], base[other], cosines))
+    left, right, cosines = (np.concatenate(ends) for ends in zip(*parts, strict=True))
+    apart = left != right
+    if spots:
+        apart &= ~(inside[:, left] & inside[:, right]).any(0)
+    left, right, cosines = left[apart], right[apart], cosines[apart]
+    if confirm is None and most is None:
+        budget = _PAIRS_PER_MEMBER * 2 * len(members)  # of two members each sees the other
+        uncovered, more = _cover(left, right, len(around), budget)
+        left, right, cosines = left[uncovered], right[uncovered], cosines[uncovered]
+        spots += more
+    return Found(left, right, cosines, spots)
+
+
+def _plus_self(most: int | None) -> int | None:
+    return None if most is None else most + 1
+
+
+def _find_spots(
+    around: Rows, members: Array, min_cosine: float, threads: int, confirm: Confirm
+) -> list[Array]:
+    """Find spots among the pairs of a few members, where a cell is too large to see all."""
+    if len(members) <= _LARGE_CELL:
+        return []
+    asked = members[np.linspace(0, len(members) - 1, _ASKED).astype(int)]
+    number, other, _ = pairs_within(around.take(asked), around, min_cosine, threads)
+    apart = asked[number] != other
+    number, other = number[apart], other[apart]
+    spots: list[Array] = []
+    dead = np.zeros(_ASKED, bool)
+    for _ in range(_MOST_SPOTS):
+        degrees = np.where(dead, 0, np.bincount(number, minlength=_ASKED))
+        centre = int(degrees.argmax())
+        if degrees.mean() <= _PAIRS_PER_MEMBER or degrees[centre] < _LEAST_SPOT:
+            break
+        near = other[number == centre]
+        if confirm is not None:
+            near = near[confirm(np.full(len(near), asked[centre]), near)]
+        if len(near) < _LEAST_SPOT:
+            dead[centre] = True
+            continue
+        spots.append(np.r_[asked[centre], near])
+        inside = np.zeros(len(around), bool)
+        inside[spots[-1]] = True
+        apart = ~(inside[asked[number]] & inside[other])
+        number, other = number[apart], other[apart]
+    return spots
+
+
+def _cover(left: Array, right: Array, count: int, budget: int) -> tuple[Array, list[Array]]:
+    """Tell which pairs to write, (E,) bool, and the spots that stand for the others."""
+    rest = np.arange(len(left))
+    spots: list[Array] = []
+    while len(rest) > budget:
+        one, two = left[rest], right[rest]
+        degrees = np.bincount(one, minlength=count) + np.bincount(two, minlength=count)
+        centre = int(degrees.argmax())
+        if degrees[centre] < _LEAST_SPOT:
+            break
+        near = np.unique(np.r_[two[one == centre], one[two == centre]])
+        spots.append(np.r_[centre, near])
+        inside = np.zeros(count, bool)
+        inside[spots[-1]] = True
+        rest = rest[~(inside[one] & inside[two])]
+    written = np.zeros(len(left), bool)
+    written[rest] = True
+    return written, spots
+
+
+def order_cells(centroids: Array) -> Array:
+    """Order cells so that near ones follow each other: halves along the widest direction, again.
+
+    Parameters
+    ----------
+    centroids : (C, D) float32
+
+    Returns
+    -------
+    (C,) int64
+    """
+    if len(centroids) <= 2:
+        return np.arange(len(centroids))
+    centred = centroids - centroids.mean(0)
+    # Power iteration, begun at the farthest: any direction of much variance will do.
+    direction = centred[np.linalg.norm(centred, axis=1).argmax()]
+    for _ in range(10):
+        direction = centred.T @ (centred @ direction)
+        norm = np.linalg.norm(direction)
+        if norm == 0:
+            return np.arange(len(centroids))
+        direction = direction / norm
+    order = np.argsort(centred @ direction, kind="stable")
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    return np.concatenate([half[order_cells(centroids[half])] for half in halves])

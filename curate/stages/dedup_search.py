@@ -1,0 +1,353 @@
+"""The steps of `dedup` that search: cells, the reach that recall asks for, pairs cell by cell.
+
+Only pairs whose cells are near each other are compared. Every vector is copied, by ranges of cells,
+to where it is at home and to where it visits, so that a task reads what it compares and no more.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from curate import storage
+from curate.dedup import groups
+from curate.stages.base import Room
+from curate.stages.dedup_inputs import (
+    commit_edges,
+    dedup_stage,
+    draw_vectors,
+    read_edges,
+    searched_vectors,
+    shard_starts,
+    shard_vectors,
+    spot_type,
+    thumbnail_reader,
+)
+
+__all__ = [
+    "assign_shard",
+    "choose_reach",
+    "compare_all",
+    "compare_pilot",
+    "draw_queries",
+    "measure_recall",
+    "search_part",
+    "search_parts",
+    "spread_shard",
+    "train_cells",
+]
+
+Array = np.ndarray[Any, Any]
+
+#: Below this one cell is searched whole, which is brute force and takes a second.
+_ONE_CELL_SAMPLES = 2000
+#: Vectors per cell that k-means is trained on; FAISS's own recommendation is 39 to 256.
+_TRAIN_PER_CELL = 64
+#: Samples at home in the cells of one task: 64 tasks, within these. 16 k of 1280 float16 and
+#: bfloat16 with as many visitors are 170 MB.
+_LEAST_TASK, _MOST_TASK, _TASKS = 2048, 16384, 64
+#: Recall rests on so many samples that have a copy, but on no more of a small set than a hundredth:
+#: confirming their pairs by pixels would cost more than the search itself.
+_RECALL_ROWS, _RECALL_ROWS_PIXELS = 3000, 100
+#: Samples compared with everything to see how many have one; and at most, where few do.
+_PILOT_ROWS, _PILOT_ROWS_PIXELS = 4096, 400
+_MOST_QUERIES = 65536
+#: Candidates per sample whose recall is asked about, in multiples of `max_candidates`.
+_MORE_CANDIDATES = 4
+#: 95 % of a normal distribution lies within so many standard deviations.
+_Z = 1.96
+
+
+def train_cells(room: Room, task: str) -> dict[str, float]:
+    """Commit the centroids of the cells, and the queries that recall may be measured with."""
+    from curate.dedup.cells import order_cells
+    from curate.dedup.neighbors import train_centroids, unit_rows
+
+    total = shard_starts(room)[-1]
+    cells = 1 if total <= _ONE_CELL_SAMPLES else round(total**0.5)
+    sample, _ = draw_vectors(room, cells * _TRAIN_PER_CELL, "centroids")
+    cells = min(cells, max(1, len(sample)))
+    if cells == 1:
+        centroids = np.zeros((1, max(1, sample.shape[1])), np.float32)
+    else:
+        # Threads would change the order of sums, and with it the centroids.
+        centroids = train_centroids(unit_rows(sample), cells, dedup_stage(room).seed, threads=1)
+        centroids = centroids[order_cells(centroids)]
+    queries, rows = draw_vectors(room, _MOST_QUERIES, "recall")
+    storage.commit_array(room.path("queries.npy"), queries)
+    storage.commit_array(room.path("query_rows.npy"), rows)
+    storage.commit_array(room.path("centroids.npy"), centroids)
+    return {"cells": cells}
+
+
+def assign_shard(room: Room, shard: str) -> dict[str, float]:
+    """Commit the nearest cells of each vector, and their detours; -1 where there is no vector."""
+    from curate.dedup.neighbors import assign_cells, unit_rows
+
+    centroids = storage.read_array(room.path("centroids.npy"))
+    vectors, valid = searched_vectors(room, shard)
+    most = min(dedup_stage(room).max_probes, len(centroids))
+    cells = np.full((most, len(vectors)), -1, np.int32)
+    detours = np.full((most, len(vectors)), np.inf, np.float16)
+    if valid.any():
+        found = assign_cells(unit_rows(vectors[valid]), centroids, most, room.threads)
+        cells[:, valid], detours[:, valid] = found
+    storage.commit_array(room.path("cells", f"{shard}.npy"), cells)
+    storage.commit_array(room.path("detours", f"{shard}.npy"), detours)
+    return {"samples": len(vectors)}
+
+
+def _pilot_rows(room: Room) -> int:
+    return _PILOT_ROWS_PIXELS if dedup_stage(room).asks_pixels else _PILOT_ROWS
+
+
+def compare_pilot(room: Room, shard: str) -> dict[str, float]:
+    """Commit the edges between the first queries and one shard, found by brute force."""
+    return _compare(room, shard, "pilot", 0, _pilot_rows(room))
+
+
+def draw_queries(room: Room, task: str) -> dict[str, float]:
+    """Commit how many queries it takes to have enough that have a copy."""
+    rows = storage.read_array(room.path("query_rows.npy"))
+    left, right, _ = read_edges(room, "recall")
+    pilot = rows[: _pilot_rows(room)]
+    share = np.isin(pilot, np.r_[left, right]).mean() if len(pilot) else 0.0
+    wanted = _RECALL_ROWS
+    if dedup_stage(room).asks_pixels:
+        wanted = min(wanted, max(_RECALL_ROWS_PIXELS, shard_starts(room)[-1] // 100))
+    count = _MOST_QUERIES if share == 0 else int(np.ceil(wanted / share))
+    count = min(max(count, len(pilot)), len(rows))
+    storage.commit_json(room.path("queries.json"), {"queries": count})
+    return {"queries": count}
+
+
+def compare_all(room: Room, shard: str) -> dict[str, float]:
+    """Commit the edges between the other queries and one shard."""
+    count = storage.read_json(room.path("queries.json"))["queries"]
+    return _compare(room, shard, "rest", _pilot_rows(room), count)
+
+
+def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[str, float]:
+    from curate.dedup.neighbors import Rows, pairs_within
+
+    stage = dedup_stage(room)
+    queries = np.asarray(storage.read_array(room.path("queries.npy"))[first:end])
+    rows = np.asarray(storage.read_array(room.path("query_rows.npy"))[first:end])
+    start = shard_starts(room)[room.shards().index(shard)]
+    vectors, valid = searched_vectors(room, shard)
+    base = np.flatnonzero(valid)
+    left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
+    if len(base) and len(queries):
+        most = stage.max_candidates * _MORE_CANDIDATES if stage.asks_pixels else None
+        one, other = Rows.of(queries), Rows.of(vectors[base])
+        found = pairs_within(one, other, stage.min_cosine, room.threads, most)
+        left, right, cosines = groups.unique_pairs(rows[found[0]], start + base[found[1]], found[2])
+    confirmed = stage.confirm(left, right, thumbnail_reader(room))
+    edges = (left[confirmed], right[confirmed], cosines[confirmed])
+    commit_edges(room, f"recall/{name}-{shard}.parquet", *edges)
+    return {"samples": len(vectors)}
+
+
+def choose_reach(room: Room, task: str) -> dict[str, float]:
+    """Commit how long a detour pays, and which cells each task searches.
+
+    The shortest by which brute force's pairs are found. Half of what `target_recall` would let go
+    is let go: the reach is fitted to these queries, and does a little worse on all others.
+    """
+    left, right, _ = read_edges(room, "recall")
+    reach = 0.0
+    if len(left):
+        needed = np.minimum(*_needed_detours(room, left, right))
+        goal = 1 - (1 - dedup_stage(room).target_recall) / 2
+        pairs, query = _asked_ends(room, left, right)
+        needed = needed[pairs]
+        order = np.argsort(needed, kind="stable")
+        each = np.bincount(query)
+        recall = np.cumsum(1 / each[query[order]]) / len(each)
+        possible = needed[order][np.isfinite(needed[order])]
+        if len(possible):
+            enough = int(np.searchsorted(recall, goal - 1e-9))
+            reach = float(possible[min(enough, len(possible) - 1)])
+    homes = np.zeros(len(storage.read_array(room.path("centroids.npy"))), np.int64)
+    for shard in room.shards():
+        own = storage.read_array(room.path("cells", f"{shard}.npy"))[0]
+        homes += np.bincount(own[own >= 0], minlength=len(homes))
+    total = int(homes.sum())
+    size = min(max(total // _TASKS, _LEAST_TASK), _MOST_TASK)
+    # A cell belongs to the task that its middle falls into.
+    middle = np.cumsum(homes) - homes / 2
+    _, starts = np.unique((middle // size).astype(int), return_index=True)
+    storage.commit_array(room.path("parts.npy"), np.r_[starts, len(homes)].astype(np.int64))
+    storage.commit_json(room.path("reach.json"), {"reach": reach})
+    return {"parts": len(starts)}
+
+
+def _needed_detours(room: Room, left: Array, right: Array) -> tuple[Array, Array]:
+    """Detour of each pair's one end to the other's home, and back; infinite if not in the list."""
+    rows = np.unique(np.r_[left, right])
+    cells, detours = [], []
+    for shard, (start, end) in zip(room.shards(), pairwise(shard_starts(room)), strict=True):
+        inside = rows[(rows >= start) & (rows < end)] - start
+        cells.append(storage.read_array(room.path("cells", f"{shard}.npy"))[:, inside])
+        detours.append(storage.read_array(room.path("detours", f"{shard}.npy"))[:, inside])
+    all_cells, all_detours = np.concatenate(cells, 1), np.concatenate(detours, 1)
+    one, two = np.searchsorted(rows, left), np.searchsorted(rows, right)
+
+    def way(start: Array, end: Array) -> Array:
+        there = all_cells[:, start] == all_cells[0, end]
+        return np.where(there, all_detours[:, start], np.float16(np.inf)).min(0)
+
+    return way(one, two), way(two, one)
+
+
+def _asked_ends(room: Room, left: Array, right: Array) -> tuple[Array, Array]:
+    """Pair of each end that is a query, and the query's number among those with a pair."""
+    count = storage.read_json(room.path("queries.json"))["queries"]
+    queries = np.asarray(storage.read_array(room.path("query_rows.npy"))[:count])
+    ends = np.r_[left, right]
+    asked = np.flatnonzero(np.isin(ends, queries))
+    return asked % max(1, len(left)), np.unique(ends[asked], return_inverse=True)[1]
+
+
+def spread_shard(room: Room, shard: str) -> dict[str, float]:
+    """Commit the vectors of a shard once for every task that compares them, in order of task."""
+    reach = storage.read_json(room.path("reach.json"))["reach"]
+    parts = storage.read_array(room.path("parts.npy"))
+    vectors, _ = shard_vectors(room, shard)
+    cells = np.asarray(storage.read_array(room.path("cells", f"{shard}.npy")))
+    detours = storage.read_array(room.path("detours", f"{shard}.npy"))
+    visited = np.where((cells >= 0) & (detours <= np.float16(reach)), cells, -1)
+    visited = visited[: max(1, int((visited >= 0).any(1).sum()))].T
+    row, place = np.nonzero(visited >= 0)
+    part = np.searchsorted(parts, visited[row, place], side="right") - 1
+    keys = np.unique(part * len(vectors) + row)
+    part, row = np.divmod(keys, max(1, len(vectors)))
+    copies = np.empty(len(row), _visit_type(visited.shape[1], vectors.shape[1]))
+    copies["row"] = shard_starts(room)[room.shards().index(shard)] + row
+    copies["cells"], copies["vector"] = visited[row], vectors[row]
+    storage.commit_array(room.path("visits", f"{shard}.npy"), copies)
+    offsets = np.searchsorted(part, np.arange(len(parts)))
+    storage.commit_array(room.path("visits", f"{shard}.offsets.npy"), offsets)
+    return {"samples": len(vectors), "visits": int((visited >= 0).sum()), "copies": len(row)}
+
+
+def _visit_type(cells: int, width: int) -> np.dtype[Any]:
+    """A vector where it is compared: global row, cells it visits (home first, then -1), vector."""
+    kinds = [("row", "<i8"), ("cells", "<i4", (cells,)), ("vector", "<f2", (width,))]
+    return np.dtype(kinds)
+
+
+def search_parts(room: Room) -> list[str]:
+    """Name the ranges of cells; a function of the data alone, not of the workers."""
+    parts = len(storage.read_array(room.path("parts.npy"))) - 1
+    return [f"{number:06d}" for number in range(parts)]
+
+
+def _read_visits(room: Room, part: int) -> tuple[Array, Array, Array]:
+    """Vectors, global rows and visited cells (-1: none) of all that is compared in one task."""
+    found = []
+    for shard in room.shards():
+        offsets = storage.read_array(room.path("visits", f"{shard}.offsets.npy"))
+        path = room.path("visits", f"{shard}.npy")
+        found.append(storage.read_array_rows(path, int(offsets[part]), int(offsets[part + 1])))
+    slots = max(copies["cells"].shape[1] for copies in found)
+    cells = np.full((sum(map(len, found)), slots), -1, np.int32)
+    start = 0
+    for copies in found:
+        cells[start : start + len(copies), : copies["cells"].shape[1]] = copies["cells"]
+        start += len(copies)
+    vectors = np.concatenate([copies["vector"] for copies in found])
+    return vectors, np.concatenate([copies["row"] for copies in found]), cells
+
+
+def search_part(room: Room, task: str) -> dict[str, float]:
+    """Commit the edges that have an end at home in a range of cells, and spots."""
+    from curate.dedup.cells import search_cell
+    from curate.dedup.neighbors import Rows
+
+    stage = dedup_stage(room)
+    first, end = storage.read_array(room.path("parts.npy"))[int(task) : int(task) + 2].tolist()
+    vectors, rows, cells = _read_visits(room, int(task))
+    everything = Rows.of(vectors)
+    thumbnails = thumbnail_reader(room)
+    most = stage.max_candidates if stage.asks_pixels else None
+    left, right, cosines = [], [], []
+    spots: list[Array] = []
+    row, slot = np.nonzero((cells >= first) & (cells < end))
+    visited = cells[row, slot]
+    order = np.argsort(visited, kind="stable")
+    bounds = np.searchsorted(visited[order], np.arange(first, end + 1))
+    for start, stop in pairwise(bounds.tolist()):
+        around = row[order[start:stop]]
+        members = np.flatnonzero(slot[order[start:stop]] == 0)
+        if len(members) == 0:
+            continue
+
+        def confirm(one: Array, two: Array, around: Array = around) -> Array:
+            return stage.confirm(rows[around[one]], rows[around[two]], thumbnails)
+
+        found = search_cell(
+            everything.take(around),
+            members,
+            stage.min_cosine,
+            room.threads,
+            most,
+            confirm if stage.asks_pixels else None,
+        )
+        query, base = around[found.left], around[found.right]
+        mine = _is_mine(rows, cells, query, base)
+        left.append(rows[query[mine]])
+        right.append(rows[base[mine]])
+        cosines.append(found.cosines[mine])
+        spots += [around[spot] for spot in found.spots]
+    low, high, values = groups.unique_pairs(*(_join(part) for part in (left, right, cosines)))
+    confirmed = stage.confirm(low, high, thumbnails)
+    edges = (low[confirmed], high[confirmed], values[confirmed])
+    commit_edges(room, f"edges/{task}.parquet", *edges)
+    members_of = np.zeros(sum(map(len, spots)), spot_type(vectors.shape[1]))
+    members_of["spot"] = np.repeat(np.arange(len(spots)), [len(spot) for spot in spots])
+    members_of["min_cosine"] = stage.min_cosine
+    chosen = _join(spots)
+    members_of["row"], members_of["vector"] = rows[chosen], vectors[chosen]
+    storage.commit_array(room.path("spots", f"{task}.npy"), members_of)
+    home = int(((cells[:, 0] >= first) & (cells[:, 0] < end)).sum())
+    return {"samples": home, "candidates": len(low), "edges": int(confirmed.sum())}
+
+
+def _join(parts: list[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _is_mine(rows: Array, cells: Array, query: Array, base: Array) -> Array:
+    """Tell which pairs of a visitor or member with a member are not found elsewhere too."""
+    both_home = cells[query, 0] == cells[base, 0]
+    mutual = (cells[base] == cells[query, :1]).any(axis=1)
+    # A pair whose ends visit each other's homes is found in both: the lower row's home has it.
+    mine: Array = both_home | ~mutual | (rows[base] < rows[query])
+    return mine
+
+
+def measure_recall(room: Room, left: Array, right: Array, spots: groups.Spots) -> dict[str, Any]:
+    """Tell how many of the pairs that brute force finds are among the edges or within a spot."""
+    true_left, true_right, _ = read_edges(room, "recall")
+    total = shard_starts(room)[-1]
+    found = np.isin(true_left * total + true_right, left * total + right)
+    found |= spots.contain(true_left, true_right)
+    pairs, query = _asked_ends(room, true_left, true_right)
+    if len(pairs) == 0:  # where nothing has a copy nothing was missed
+        return {"rows": 0, "recall": None, "interval": None, "reached": True}
+    shares = np.bincount(query, found[pairs]) / np.bincount(query)
+    recall = float(shares.mean())
+    return {
+        "rows": len(shares),
+        "recall": recall,
+        "interval": _interval(recall, len(shares)),
+        "reached": recall >= dedup_stage(room).target_recall,
+    }
+
+
+def _interval(share: float, count: int) -> list[float]:
+    """Wilson's (1927) 95 % interval; wider than need be for a mean of shares."""
+    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z / (1 + _Z**2 / count) * (share * (1 - share) / count + (_Z / (2 * count)) ** 2) ** 0.5
+    return [round(max(0.0, middle - half), 6), round(min(1.0, middle + half), 6)]
