@@ -22,7 +22,7 @@ _PAIRS_PER_MEMBER = 4
 #: Fewer pairs than this at one picture are no spot.
 _LEAST_SPOT = 16
 #: Members above which spots are looked for before all pairs are computed, and how many are asked.
-_LARGE_CELL, _ASKED = 4096, 64
+_LARGE_CELL, _ASKED = 256, 64
 #: Spots looked for among those asked, at most.
 _MOST_SPOTS = 64
 
@@ -87,12 +87,15 @@ def search_cell(
         )
         parts.append((asking[query], base[other], cosines))
     left, right, cosines = (np.concatenate(ends) for ends in zip(*parts, strict=True))
+    # Of two members each finds the other; with `most` perhaps only one does.
     apart = left != right
+    if most is None:
+        apart &= (left < right) | ~np.isin(left, members)
     if spots:
         apart &= ~(inside[:, left] & inside[:, right]).any(0)
     left, right, cosines = left[apart], right[apart], cosines[apart]
     if confirm is None and most is None:
-        budget = _PAIRS_PER_MEMBER * 2 * len(members)  # of two members each sees the other
+        budget = _PAIRS_PER_MEMBER * len(members)
         uncovered, more = _cover(left, right, len(around), budget)
         left, right, cosines = left[uncovered], right[uncovered], cosines[uncovered]
         spots += more
@@ -113,13 +116,15 @@ def _find_spots(
     number, other, _ = pairs_within(around.take(asked), around, min_cosine, threads)
     apart = asked[number] != other
     number, other = number[apart], other[apart]
+    rest = np.ones(len(number), bool)
     spots: list[Array] = []
     dead = np.zeros(_ASKED, bool)
     for _ in range(_MOST_SPOTS):
-        degrees = np.where(dead, 0, np.bincount(number, minlength=_ASKED))
+        degrees = np.where(dead, 0, np.bincount(number[rest], minlength=_ASKED))
         centre = int(degrees.argmax())
         if degrees.mean() <= _PAIRS_PER_MEMBER or degrees[centre] < _LEAST_SPOT:
             break
+        # All that is near, or what is left of a spot would be cut smaller and smaller.
         near = other[number == centre]
         if confirm is not None:
             near = near[confirm(np.full(len(near), asked[centre]), near)]
@@ -129,29 +134,25 @@ def _find_spots(
         spots.append(np.r_[asked[centre], near])
         inside = np.zeros(len(around), bool)
         inside[spots[-1]] = True
-        apart = ~(inside[asked[number]] & inside[other])
-        number, other = number[apart], other[apart]
+        rest &= ~(inside[asked[number]] & inside[other])
     return spots
 
 
 def _cover(left: Array, right: Array, count: int, budget: int) -> tuple[Array, list[Array]]:
     """Tell which pairs to write, (E,) bool, and the spots that stand for the others."""
-    rest = np.arange(len(left))
+    rest = np.ones(len(left), bool)
     spots: list[Array] = []
-    while len(rest) > budget:
-        one, two = left[rest], right[rest]
-        degrees = np.bincount(one, minlength=count) + np.bincount(two, minlength=count)
+    while rest.sum() > budget:
+        degrees = np.bincount(np.r_[left[rest], right[rest]], minlength=count)
         centre = int(degrees.argmax())
         if degrees[centre] < _LEAST_SPOT:
             break
-        near = np.unique(np.r_[two[one == centre], one[two == centre]])
+        near = np.r_[right[left == centre], left[right == centre]]
         spots.append(np.r_[centre, near])
         inside = np.zeros(count, bool)
         inside[spots[-1]] = True
-        rest = rest[~(inside[one] & inside[two])]
-    written = np.zeros(len(left), bool)
-    written[rest] = True
-    return written, spots
+        rest &= ~(inside[left] & inside[right])
+    return rest, spots
 
 
 def order_cells(centroids: Array) -> Array:
