@@ -15,7 +15,7 @@ from curate.memorization.rarity import RARE
 __all__ = ["judge"]
 
 _TWINS = ("exact_twin", "near_twin")
-_DUPLICATES = ("duplicate_bytes", "duplicate_semantic")
+_DUPLICATES = ("duplicate_bytes", "duplicate_perceptual", "duplicate_semantic")
 
 
 def judge(out: str, truth: str) -> dict[str, Any]:

@@ -75,6 +75,7 @@ _ALL = (
     Column("thumbnail", pa.binary(), "WebP", "", "image with longest side at most 128 px", "embed"),
     Column("cluster_id", pa.string(), "32 hex digits", "", "smallest uid among the samples joined by duplicate edges", "dedup", "decisions"),
     Column("cluster_size", pa.int32(), "samples", "", "number of samples of this cluster_id", "dedup", "decisions"),
+    Column("caption_agreement", pa.float32(), "[-1, 1]", "lower: contradicts", "mean cosine of text_emb to the captions of the cluster's other samples; null if there are none", "dedup", "decisions"),
     Column("contaminated_by", pa.string(), "", "", "evaluation image that the sample shows: its path, or source:key; null if none", "decontaminate", "decisions"),
     Column("contamination_cosine", pa.float32(), "[-1, 1]", "", "cosine of image_emb to it", "decontaminate", "decisions"),
     Column("alignment_in", pa.float32(), "[-1, 1]", "higher: better match", "mean cosine of the pair under proxies trained with it", "score", "both"),
@@ -96,7 +97,7 @@ _ALL = (
     Column("weight", pa.float32(), ">= 0", "higher: train on it more", "sampling weight; 0 if dropped, mean 1 over the kept", "select", "both"),
     Column("representative_uid", pa.string(), "32 hex digits", "", "the kept sample that a dropped duplicate reaches", "select", "decisions"),
     Column("representative_cosine", pa.float32(), "[-1, 1]", "", "cosine of image_emb to the representative; 1 for equal bytes", "select", "decisions"),
-    Column("duplicate_level", pa.string(), "bytes | semantic", "", "how the sample duplicates its representative", "select", "decisions"),
+    Column("duplicate_level", pa.string(), "bytes | perceptual | semantic", "", "how the sample duplicates its representative: equal bytes, pixels that match, a near vector alone", "select", "decisions"),
     Column("captions", pa.list_(pa.string()), "", "", "own caption first, then those of dropped duplicates that are not mismatched", "select", "shards"),
     Column("image", pa.binary(), "", "", "the image's original bytes", "write", "shards"),
 )  # fmt: skip
@@ -126,7 +127,8 @@ REASONS: dict[str, str] = {
     "outside_threshold": "a column is outside select.thresholds",
     "outside_fraction": "ranks below select.keep_fraction",
     "duplicate_bytes": "equal bytes to a kept sample",
-    "duplicate_semantic": "cosine to a kept sample reaches dedup.min_cosine",
+    "duplicate_perceptual": "the pixels match those of a kept sample",
+    "duplicate_semantic": "cosine to a kept sample reaches dedup.min_cosine, and pixels were not asked",
     "caption_repeated": "more kept samples have this caption than select.max_caption_repeats",
 }
 

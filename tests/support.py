@@ -192,7 +192,11 @@ def _check_decision(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> Non
     assert row["reason"] == row["failed_rules"][0]
     assert row["reason"] in REASONS
     assert row["weight"] == 0
-    is_duplicate = row["reason"] in ("duplicate_bytes", "duplicate_semantic")
+    is_duplicate = row["reason"] in (
+        "duplicate_bytes",
+        "duplicate_perceptual",
+        "duplicate_semantic",
+    )
     assert (row["representative_uid"] is not None) == is_duplicate
     if is_duplicate:
         representative = rows[row["representative_uid"]]

@@ -337,7 +337,7 @@ def test_nothing_is_lost(source: Path, eight: Run) -> None:
     assert reasons["short"] == "caption_too_short"
     assert reasons["long"] == "aspect_too_extreme"
     assert sorted([reasons["twin"] or "", reasons["whole00"] or ""]) == ["", "duplicate_bytes"]
-    assert sorted([reasons["near"] or "", reasons["whole01"] or ""]) == ["", "duplicate_semantic"]
+    assert sorted([reasons["near"] or "", reasons["whole01"] or ""]) == ["", "duplicate_perceptual"]
     assert all(reasons[f"whole{i:02d}"] is None for i in range(2, WHOLE))
     shards = eight.published("shards")
     assert shards.schema == select_schema(public_columns("shards"))

@@ -48,8 +48,10 @@ ALLOWED = {
     "embed.pixels": "",
     "embed.thumbnails": "",
     "decontaminate": r"(sources|evaluation)\.json",
-    "dedup": r"(nodes|centroids|recall_rows|recall_vectors|sizes|cluster_uids)\.npy"
-    rf"|(probes|groups)\.json|cells/\d{{5}}\.npy|edges/\d{{6}}-\d{{6}}\.parquet|recall/{SHARD}",
+    "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids)\.npy"
+    r"|caption_(sums|counts|clusters)\.npy|(queries|reach|groups|captions|any_two_captions)\.json"
+    r"|(cells|detours|visits)/\d{5}\.npy|visits/\d{5}\.offsets\.npy|spots/\d{6}\.npy"
+    rf"|edges/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",
     "select": r"decisions\.parquet|summary\.json",
     "write": rf"layout\.json|decisions/{SHARD}",
     "report": r"(report/)?index\.html",
@@ -181,7 +183,7 @@ def test_finds_near_twins(full: Run) -> None:
 def test_drops_few_others_as_duplicates(full: Run) -> None:
     pairs = [*twins("exact_twin"), *twins("near_twin")]
     planted = {key for both in pairs for key in both}
-    reasons = ("duplicate_bytes", "duplicate_semantic")
+    reasons = ("duplicate_bytes", "duplicate_perceptual")
     dropped = [key for key, row in full.rows().items() if row["reason"] in reasons]
     assert sum(key in planted for key in dropped) / len(dropped) >= 0.98
 

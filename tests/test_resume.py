@@ -60,7 +60,7 @@ def test_undisturbed_run_means_something(calm: Calm) -> None:
     assert counts["ingested"] == 80
     assert len(list((calm.out / "decisions").iterdir())) == 4
     assert len(list((calm.out / "shards").iterdir())) == 2
-    assert {"decode_error", "duplicate_bytes", "duplicate_semantic"} <= counts["dropped"].keys()
+    assert {"decode_error", "duplicate_bytes", "duplicate_perceptual"} <= counts["dropped"].keys()
 
 
 def test_kill_of_all_processes_at_random_moments(calm: Calm, tmp_path: Path) -> None:

@@ -45,8 +45,7 @@ class Found(NamedTuple):
     spots: list[Array]
 
 
-#: Tells which of the pairs (left, right) are copies; None where the cosine alone decides.
-Confirm = Callable[[Array, Array], Array] | None
+_Confirm = Callable[[Array, Array], Array] | None
 
 
 def search_cell(
@@ -55,7 +54,7 @@ def search_cell(
     min_cosine: float,
     threads: int = 1,
     most: int | None = None,
-    confirm: Confirm = None,
+    confirm: _Confirm = None,
 ) -> Found:
     """Find the pairs of a cell's members with each other and with its visitors.
 
@@ -107,7 +106,7 @@ def _plus_self(most: int | None) -> int | None:
 
 
 def _find_spots(
-    around: Rows, members: Array, min_cosine: float, threads: int, confirm: Confirm
+    around: Rows, members: Array, min_cosine: float, threads: int, confirm: _Confirm
 ) -> list[Array]:
     """Find spots among the pairs of a few members, where a cell is too large to see all."""
     if len(members) <= _LARGE_CELL:

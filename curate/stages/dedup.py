@@ -3,6 +3,7 @@
 It removes nothing: `select` walks the edges once it knows which samples it would rather keep.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from curate import storage
 from curate.dedup import groups
+from curate.schema import select_schema
 from curate.stages.base import Room, Step, Table, one_task, shard_tasks
 from curate.stages.dedup_inputs import (
     dedup_stage,
@@ -70,8 +72,11 @@ class Dedup(Likeness):
     def reads(self) -> tuple[str, ...]:
         return ("image_emb", "sha256", *(("thumbnail",) if self.asks_pixels else ()))
 
+    def wants(self) -> tuple[str, ...]:
+        return ("text_emb",)
+
     def tables(self) -> tuple[Table, ...]:
-        return (Table("dedup", ("cluster_id", "cluster_size")),)
+        return (Table("dedup", ("cluster_id", "cluster_size", "caption_agreement")),)
 
     def steps(self) -> tuple[Step, ...]:
         return (
@@ -85,12 +90,13 @@ class Dedup(Likeness):
             Step("spread", spread_shard, shard_tasks),
             Step("search", search_part, search_parts),
             Step("groups", _group, one_task),
+            Step("captions", _sum_captions, one_task),
             Step("table", _write_shard, shard_tasks),
         )
 
     def facts(self, room: Room) -> dict[str, Any]:
         found: dict[str, Any] = storage.read_json(room.path("groups.json"))
-        return found
+        return found | storage.read_json(room.path("captions.json"))
 
 
 def _collapse(room: Room, task: str) -> dict[str, float]:
@@ -100,11 +106,12 @@ def _collapse(room: Room, task: str) -> dict[str, float]:
     """
     from curate.dedup.neighbors import row_digests
 
-    uids, digests, vectors, usable = [], [], [], []
+    uids, digests, vectors, usable, seen = [], [], [], [], []
     for shard in room.shards():
         table = room.read(shard, ["sha256"])
         uids.append(table["uid"].to_numpy(zero_copy_only=False).astype("S32"))
         digests.append(_digests(table["sha256"]))
+        seen.append(table["sha256"].is_valid().to_numpy() & dedup_stage(room).asks_pixels)
         found, valid = shard_vectors(room, shard)
         usable.append(valid)
         if not dedup_stage(room).asks_pixels:
@@ -119,6 +126,7 @@ def _collapse(room: Room, task: str) -> dict[str, float]:
     order[np.lexsort((names, ~valid))] = np.arange(len(names))
     nodes = groups.label_components(len(names), left, right, order)
     storage.commit_array(room.path("nodes.npy"), nodes)
+    storage.commit_array(room.path("pixels.npy"), np.concatenate(seen))
     return {"samples": len(names), "equal": int((nodes != np.arange(len(nodes))).sum())}
 
 
@@ -142,6 +150,7 @@ def _group(room: Room, task: str) -> dict[str, float]:
     linked = np.r_[left, centres], np.r_[right, members]
     labels = groups.label_clusters(nodes, *linked, rank)
     sizes = np.bincount(labels, minlength=total)
+    storage.commit_array(room.path("labels.npy"), labels)
     storage.commit_array(room.path("sizes.npy"), sizes[labels].astype(np.int32))
     storage.commit_array(room.path("cluster_uids.npy"), names[labels])
     storage.commit_json(
@@ -172,13 +181,93 @@ def _describe(spots: groups.Spots, seed: int) -> dict[str, int]:
     return {"spots": len(spots.starts) - 1, "members": len(spots.rows), "pairs": round(pairs)}
 
 
+def _sum_captions(room: Room, task: str) -> dict[str, float]:
+    """Commit the sums of each cluster's caption vectors, and say how many contradict their copies.
+
+    A caption does where it is no more like those of the same picture than like any other's.
+    """
+    labels, sizes = (storage.read_array(room.path(name)) for name in ("labels.npy", "sizes.npy"))
+    clusters, place = np.unique(labels[sizes > 1], return_inverse=True)
+    sums: Array | None = None
+    everything, total = np.zeros(1), 0
+    counts = np.zeros(len(clusters), np.int64)
+    where = np.full(len(labels), -1)
+    where[sizes > 1] = place
+    for _, rows, vectors in _caption_vectors(room):
+        if sums is None:
+            sums = np.zeros((len(clusters), vectors.shape[1]), np.float32)
+        everything, total = everything + vectors.sum(0, np.float64), total + len(vectors)
+        own = where[rows] >= 0
+        np.add.at(sums, where[rows[own]], vectors[own])
+        np.add.at(counts, where[rows[own]], 1)
+    if sums is None:
+        sums = np.zeros((len(clusters), 1), np.float32)
+    storage.commit_array(room.path("caption_sums.npy"), sums)
+    storage.commit_array(room.path("caption_counts.npy"), counts)
+    storage.commit_array(room.path("caption_clusters.npy"), where)
+    any_two = float((everything**2).sum() - total) / (total * (total - 1)) if total > 1 else None
+    storage.commit_json(room.path("any_two_captions.json"), any_two)
+    contradict = compared = 0
+    if any_two is not None:
+        for shard, *_ in _caption_vectors(room):
+            agreement = _caption_agreement(room, shard)
+            compared += int(np.isfinite(agreement).sum())
+            contradict += int((agreement <= any_two).sum())
+    storage.commit_json(
+        room.path("captions.json"),
+        {
+            "captions_of_copies": {
+                "compared": compared,
+                "contradict": contradict,
+                "any_two": any_two,
+            }
+        },
+    )
+    return {"samples": len(labels)}
+
+
+def _caption_vectors(room: Room) -> Iterator[tuple[str, Array, Array]]:
+    """Yield shard, global rows and unit vectors of the captions that have one."""
+    from curate.dedup.neighbors import unit_rows
+
+    if not room.has("text_emb"):
+        return
+    for shard, start in zip(room.shards(), shard_starts(room), strict=False):
+        vectors, valid = storage.read_vectors(room.read(shard, ["text_emb"])["text_emb"])
+        usable = np.flatnonzero(valid & np.isfinite(vectors).all(1) & vectors.any(1))
+        yield shard, start + usable, unit_rows(vectors[usable])
+
+
+def _caption_agreement(room: Room, shard: str) -> Array:
+    """(N,) float32: mean cosine of each caption to those of its picture's copies; NaN: none."""
+    from curate.dedup.neighbors import unit_rows
+
+    start = shard_starts(room)[room.shards().index(shard)]
+    vectors, valid = storage.read_vectors(room.read(shard, ["text_emb"])["text_emb"])
+    cluster = storage.read_array(room.path("caption_clusters.npy"))[start : start + len(vectors)]
+    others = storage.read_array(room.path("caption_counts.npy"))[cluster] - 1
+    usable = valid & np.isfinite(vectors).all(1) & vectors.any(1) & (cluster >= 0) & (others > 0)
+    rows = np.flatnonzero(usable)
+    agreement = np.full(len(vectors), np.nan, np.float32)
+    if len(rows):
+        own = unit_rows(vectors[rows])
+        sums = storage.read_array(room.path("caption_sums.npy"))[cluster[rows]]
+        agreement[rows] = ((own * sums).sum(1) - 1) / others[rows]
+    return agreement.clip(-1, 1)
+
+
 def _write_shard(room: Room, shard: str) -> dict[str, float]:
     start = shard_starts(room)[room.shards().index(shard)]
     uids = room.read(shard, [])
     span = slice(start, start + len(uids))
     names = storage.read_array(room.path("cluster_uids.npy"))[span].astype(str)
     sizes = storage.read_array(room.path("sizes.npy"))[span]
-    table = uids.append_column("cluster_id", pa.array(names, pa.string()))
-    table = table.append_column("cluster_size", pa.array(sizes, pa.int32()))
+    agreement = (
+        _caption_agreement(room, shard) if room.has("text_emb") else np.full(len(uids), np.nan)
+    )
+    columns = (names, sizes, pa.array(agreement, pa.float32(), from_pandas=True))
+    table = uids
+    for field, column in zip(select_schema(room.stage.writes()), columns, strict=True):
+        table = table.append_column(field, pa.array(column, field.type))
     room.commit_shard("dedup", shard, table)
     return {"samples": len(uids)}

@@ -24,6 +24,7 @@ __all__ = [
     "draw_vectors",
     "read_edges",
     "read_nodes",
+    "read_pixels",
     "read_spots",
     "searched_vectors",
     "shard_starts",
@@ -106,6 +107,12 @@ def _smallest(
 def read_nodes(room: Room) -> Array:
     """(N,) int64: the row by which each row of an equal sample is searched."""
     found: Array = storage.read_array(storage.join(room.folders["dedup"], "nodes.npy"))
+    return found
+
+
+def read_pixels(room: Room) -> Array:
+    """(N,) bool: whether a row's pairs were confirmed by pixels, where the other's were too."""
+    found: Array = storage.read_array(storage.join(room.folders["dedup"], "pixels.npy"))
     return found
 
 

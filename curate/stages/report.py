@@ -62,7 +62,7 @@ def _write_page(room: Room, task: str) -> dict[str, float]:
 
 _UIDS = ("uid", "representative_uid")
 #: What is worth a look before all else: decisions that are matters of judgement.
-_FIRST = ("mismatched", "duplicate_semantic", "duplicate_bytes", _KEPT)
+_FIRST = ("mismatched", "duplicate_perceptual", "duplicate_semantic", "duplicate_bytes", _KEPT)
 
 
 def _gallery_rank(title: str) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -11,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from curate import storage
 from curate.dedup import groups
+from curate.memorization.folds import hash_unit
 from curate.memorization.mismatch import RUNGS
 from curate.memorization.rarity import RARE
 from curate.schema import COLUMNS, REASONS, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
-from curate.stages.dedup_inputs import read_edges, read_nodes, read_spots, shard_starts
+from curate.stages.dedup_inputs import read_edges, read_nodes, read_pixels, read_spots, shard_starts
 from curate.stages.score_inputs import read_phantoms
 
 __all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
@@ -34,7 +36,12 @@ _DECISION = (
 )
 #: Cosines at which the kept are counted again.
 _STRICTER = (0.85, 0.9, 0.95, 0.98, 0.99)
-_PREFERENCES = {"mismatch": "mismatch_probability", "clip_score": "clip_score"}
+#: Criterion -> column, and whether higher values are preferred.
+_PREFERENCES = {
+    "mismatch": ("mismatch_probability", False),
+    "clip_score": ("clip_score", True),
+    "alignment": ("alignment_out", True),
+}
 
 
 def _check_number(column: str) -> str:
@@ -98,10 +105,18 @@ class Select(Stage):
     thresholds: tuple[Threshold, ...] = Field(
         (), description="bounds on any numeric column: [{column, min, max}]"
     )
-    prefer: tuple[Literal["mismatch", "clip_score", "resolution"], ...] = Field(
+    prefer: tuple[
+        Literal["mismatch", "clip_score", "alignment", "resolution", "source", "random"], ...
+    ] = Field(
         ("mismatch", "resolution"),
         description="which of several duplicates stays, first criterion first; then the lower uid",
     )
+    source_priority: tuple[str, ...] = Field(
+        (),
+        description="patterns of source_file (* and ?), the most preferred first, for the "
+        "criterion `source`; what matches none comes last",
+    )
+    seed: int = Field(0, description="draws for the criterion `random`")
     max_captions: int = Field(
         5, description="captions of a kept sample, its own and those of its duplicates", ge=1
     )
@@ -120,11 +135,14 @@ class Select(Stage):
             columns.append("caption_information")
         if self.keep_fraction is not None:
             columns.append(self.keep_fraction.column)
+        if "source" in self.prefer:
+            columns.append("source_file")
         columns += [bounds.column for bounds in self.thresholds]
         return tuple(dict.fromkeys(columns))
 
     def wants(self) -> tuple[str, ...]:
-        return ("cluster_id", "contaminated_by", "mismatch_probability", "rarity", "clip_score")
+        preferred = (column for column, _ in _PREFERENCES.values())
+        return tuple(dict.fromkeys(("cluster_id", "contaminated_by", "rarity", *preferred)))
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("select", _DECISION),)
@@ -219,7 +237,10 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     keep, representative, cosine, exact = copies.walk(eligible)
     if room.has("cluster_id"):
         failed["duplicate_bytes"] = (representative >= 0) & exact
-        failed["duplicate_semantic"] = (representative >= 0) & ~exact
+        pixels = read_pixels(room)
+        matched = (representative >= 0) & ~exact & pixels & pixels[representative]
+        failed["duplicate_perceptual"] = matched
+        failed["duplicate_semantic"] = (representative >= 0) & ~exact & ~matched
         facts["what_if"] = _what_if(copies, eligible)
     if stage.max_caption_repeats is not None:
         failed["caption_repeated"] = eligible & ~keep & (representative < 0)
@@ -233,9 +254,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
             uids[representative].astype(str), pa.string(), mask=representative < 0
         ),
         "representative_cosine": pa.array(cosine, pa.float32(), mask=representative < 0),
-        "duplicate_level": pa.array(
-            np.where(exact, "bytes", "semantic"), pa.string(), mask=representative < 0
-        ),
+        "duplicate_level": _levels(failed, len(table)),
         "captions": _merge_captions(stage, captions, keep, representative, order),
     }
     result = pa.table(decisions).cast(select_schema(["uid", *_DECISION]))
@@ -391,10 +410,24 @@ def _preference(stage: Select, table: pa.Table, uids: Array) -> Array:
     for criterion in reversed(stage.prefer):
         if criterion == "resolution":
             keys.append(-np.nan_to_num(_numbers(table, "width") * _numbers(table, "height")))
-        elif _PREFERENCES[criterion] in table.column_names:
-            values = _numbers(table, _PREFERENCES[criterion])
-            keys.append(np.nan_to_num(values if criterion == "mismatch" else -values, nan=np.inf))
+        elif criterion == "source":
+            keys.append(_source_places(stage.source_priority, table["source_file"].to_pylist()))
+        elif criterion == "random":
+            keys.append(hash_unit(uids.astype(str).tolist(), stage.seed, "preference"))
+        elif _PREFERENCES[criterion][0] in table.column_names:
+            column, higher = _PREFERENCES[criterion]
+            values = _numbers(table, column)
+            keys.append(np.nan_to_num(-values if higher else values, nan=np.inf))
     return np.lexsort(keys)
+
+
+def _source_places(patterns: tuple[str, ...], files: list[str]) -> Array:
+    """(N,) int64: number of the first pattern that each file matches."""
+    places = {
+        file: next((i for i, p in enumerate(patterns) if fnmatchcase(file, p)), len(patterns))
+        for file in set(files)
+    }
+    return np.array([places[file] for file in files], np.int64)
 
 
 def _reasons(failed: dict[str, Array], count: int) -> dict[str, pa.Array]:
@@ -407,6 +440,14 @@ def _reasons(failed: dict[str, Array], count: int) -> dict[str, pa.Array]:
         "reason": pa.array([found[0] if found else None for found in rules], pa.string()),
         "failed_rules": pa.array(rules, pa.list_(pa.string())),
     }
+
+
+def _levels(failed: dict[str, Array], count: int) -> pa.Array:
+    levels: list[str | None] = [None] * count
+    for level in ("bytes", "perceptual", "semantic"):
+        for row in np.flatnonzero(failed.get(f"duplicate_{level}", ())):
+            levels[row] = level
+    return pa.array(levels, pa.string())
 
 
 def _weights(stage: Select, table: pa.Table, keep: Array) -> Array:

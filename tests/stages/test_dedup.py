@@ -44,14 +44,19 @@ def clustered(count: int, seed: int = 0) -> Data:
 
 
 def run(
-    folder: Path, data: Data, stage: Dedup, shards: list[list[int]]
+    folder: Path,
+    data: Data,
+    stage: Dedup,
+    shards: list[list[int]],
+    texts: Array | None = None,
 ) -> tuple[Room, dict[str, float]]:
     """Lay data out as the earlier stages do, and run every step of the stage."""
     folders = {
         name: str(folder / name.replace(".", "-"))
         for name in ("ingest", "dedup", *dict.fromkeys(ORIGINS.values()))
     }
-    room = Room(stage, folders, ORIGINS, frozenset({"dedup"}))
+    origins = ORIGINS if texts is None else {**ORIGINS, "text_emb": "embed.vectors"}
+    room = Room(stage, folders, origins, frozenset({"dedup"}))
     layout = []
     for number, rows in enumerate(shards):
         name = f"{number:05d}"
@@ -64,7 +69,11 @@ def run(
         }
         room.commit_shard("ingest", name, uids)
         for column, values in columns.items():
-            room.commit_shard(ORIGINS[column], name, uids.append_column(column, values))
+            table = uids.append_column(column, values)
+            if texts is not None and column == "image_emb":
+                texts_of = storage.vector_column(texts[rows], np.ones(len(rows), bool))
+                table = table.append_column("text_emb", texts_of)
+            room.commit_shard(ORIGINS[column], name, table)
     storage.commit_json(room.path("layout.json", table="ingest"), {"shards": layout})
     counts: Counter[str] = Counter()
     for step in stage.steps():
@@ -296,6 +305,45 @@ def test_another_of_a_series_is_no_copy(
     room, _ = run(tmp_path, data, stage, shards)
     wanted = {tuple(sorted((data.uids[a], data.uids[b]))) for a, b in edges}
     assert found_edges(room, data, shards).keys() == wanted
+
+
+def test_captions_of_one_picture_that_contradict_each_other(tmp_path: Path) -> None:
+    data = clustered(60, seed=6)
+    rng = np.random.default_rng(7)
+    topics = np.eye(WIDTH)[rng.integers(0, 8, 60)] + 0.05 * rng.standard_normal((60, WIDTH))
+    data.vectors[:4] = data.vectors[0]
+    topics[:4] = topics[0]
+    topics[3] = np.eye(WIDTH)[20]  # of the same picture, it speaks of something else
+    topics[59] = 0
+    texts = topics.astype(np.float16)
+    shards = cut(60, 3)
+    room, _ = run(tmp_path, data, Dedup(min_cosine=0.97), shards, texts)
+    found = pa.concat_tables(
+        [storage.read_table(room.shard_path("dedup", shard)) for shard in room.shards()]
+    )
+    unit = texts.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-9)
+    cosines = unit @ unit.T
+    labels = np.array(found["cluster_id"].to_pylist())
+    agreement = found["caption_agreement"].to_pylist()
+    compared = 0
+    for row in range(60):
+        others = np.flatnonzero((labels == labels[row]) & unit.any(1) & (np.arange(60) != row))
+        if len(others) == 0 or row == 59:
+            assert agreement[row] is None
+            continue
+        compared += 1
+        assert agreement[row] == pytest.approx(cosines[row, others].mean(), abs=1e-3)
+    assert (labels == labels[0]).sum() >= 4
+    facts = room.stage.facts(room)["captions_of_copies"]
+    used = unit.any(1)
+    any_two = (cosines[used][:, used].sum() - used.sum()) / (used.sum() * (used.sum() - 1))
+    assert facts["any_two"] == pytest.approx(any_two, abs=1e-3)
+    assert facts["compared"] == compared
+    contradict = [row for row in range(60) if (agreement[row] or 1) <= any_two]
+    assert 3 in contradict
+    assert 0 not in contradict
+    assert facts["contradict"] == len(contradict)
 
 
 def test_no_usable_vector(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from curate.stages.select import Select, mismatch_limit
 #: Table in which each column lies, as the earlier stages have it.
 ORIGINS = {
     "caption": "ingest",
+    "source_file": "ingest",
     "ingest_reason": "ingest",
     "decode_reason": "embed.pixels",
     "width": "embed.pixels",
@@ -57,6 +58,7 @@ def run(
     edges: Edges | None = None,
     shards: int = 2,
     phantoms: tuple[list[str], list[float]] | None = None,
+    pixels: list[bool] | None = None,
     **fields: Any,
 ) -> tuple[Rows, dict[str, Any]]:
     """Lay rows out as the earlier stages do, run the stage; return decisions and its facts."""
@@ -83,6 +85,8 @@ def run(
         hashes = [row.get("sha256") or row["uid"] for row in rows]
         nodes = np.array([hashes.index(value) for value in hashes])
         storage.commit_array(room.path("nodes.npy", table="dedup"), nodes)
+        seen = np.array(pixels or [False] * len(rows))
+        storage.commit_array(room.path("pixels.npy", table="dedup"), seen)
         joined = [(nodes[a], nodes[b], c) for a, b, c in edges if nodes[a] != nodes[b]]
         left, right, cosines = zip(*joined, strict=True) if joined else ((), (), ())
         content = pa.table(
@@ -118,11 +122,11 @@ def check(decisions: Rows, facts: dict[str, Any]) -> None:
         assert row["failed_rules"] == [code for code in REASONS if code in row["failed_rules"]]
         assert (row["failed_rules"] or [None])[0] == row["reason"]
         assert (row["weight"] > 0) <= row["keep"]
-        duplicate = row["reason"] in ("duplicate_bytes", "duplicate_semantic")
+        level = (row["reason"] or "").removeprefix("duplicate_")
+        duplicate = level in ("bytes", "perceptual", "semantic")
         assert (row["representative_uid"] is not None) == duplicate
         assert (row["representative_cosine"] is not None) == duplicate
-        level = {"duplicate_bytes": "bytes", "duplicate_semantic": "semantic"}
-        assert row["duplicate_level"] == level.get(row["reason"])
+        assert row["duplicate_level"] == (level if duplicate else None)
         if duplicate:
             assert by_uid[row["representative_uid"]]["keep"]
             assert row["failed_rules"] == [row["reason"]]
@@ -246,7 +250,7 @@ def test_the_reason_is_the_first_rule_in_order_and_all_are_listed(tmp_path: Path
 
 
 def _no_duplicates() -> dict[str, int]:
-    return {"duplicate_bytes": 0, "duplicate_semantic": 0}
+    return {"duplicate_bytes": 0, "duplicate_perceptual": 0, "duplicate_semantic": 0}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -395,6 +399,37 @@ def test_the_good_twin_of_a_mismatched_sample_survives(tmp_path: Path) -> None:
     assert exact["representative_cosine"] == 1
     # The caption of the mismatched one is not merged.
     assert survivor["captions"] == ["a fine caption 1", "a fine caption 2", "a fine caption 3"]
+
+
+def test_pixels_on_both_sides_make_a_perceptual_copy(tmp_path: Path) -> None:
+    rows = [sample(i, width=100 - i) for i in range(4)]
+    rows[1]["sha256"] = rows[0]["sha256"] = "0" * 64
+    edges = [(0, 2, 0.9), (0, 3, 0.96)]
+    pixels = [True, True, True, False]
+    decisions, _ = run(tmp_path, rows, edges=edges, pixels=pixels, prefer=("resolution",))
+    levels = ["duplicate_bytes", "duplicate_perceptual", "duplicate_semantic"]
+    assert reasons(decisions) == [None, *levels]
+
+
+def test_sources_and_chance_may_decide_which_copy_stays(tmp_path: Path) -> None:
+    files = ["crawl/1.tar", "museum/b.tar", "museum/a.tar", "other.tar"]
+    rows = [sample(i, width=100 - i, source_file=file) for i, file in enumerate(files)]
+    edges = [(a, b, 0.99) for a in range(4) for b in range(a)]
+
+    def kept(**fields: Any) -> int:
+        decisions, _ = run(tmp_path, rows, edges=edges, **fields)
+        (place,) = (i for i, row in enumerate(decisions) if row["keep"])
+        return place
+
+    assert kept(prefer=("resolution",)) == 0
+    by_source = {"prefer": ("source", "resolution")}
+    assert kept(**by_source, source_priority=("museum/*",)) == 1
+    assert kept(**by_source, source_priority=("museum/a*", "museum/*")) == 2
+    assert kept(**by_source, source_priority=("*.zip", "other.*")) == 3
+    assert kept(**by_source) == 0
+    drawn = [kept(prefer=("random",), seed=seed) for seed in range(12)]
+    assert drawn == [kept(prefer=("random",), seed=seed) for seed in range(12)]
+    assert len(set(drawn)) > 1
 
 
 def test_a_caption_may_be_capped(tmp_path: Path) -> None:
