@@ -75,7 +75,7 @@ _ALL = (
     Column("thumbnail", pa.binary(), "WebP", "", "image with longest side at most 128 px; null where the source has none", "embed"),
     Column("cluster_id", pa.string(), "32 hex digits", "", "smallest uid among the samples joined by duplicate edges", "dedup", "decisions"),
     Column("cluster_size", pa.int32(), "samples", "", "number of samples of this cluster_id", "dedup", "decisions"),
-    Column("contaminated_by", pa.string(), "", "", "evaluation image that the sample shows: its path, or source:key; null if none", "decontaminate", "decisions"),
+    Column("contaminated_by", pa.string(), "", "", "evaluation image that the sample shows: its path, or source:key, of a .npy source:row; null if none", "decontaminate", "decisions"),
     Column("contamination_cosine", pa.float32(), "[-1, 1]", "", "cosine of image_emb to it", "decontaminate", "decisions"),
     Column("alignment_in", pa.float32(), "[-1, 1]", "higher: better match", "mean cosine of the pair under proxies trained with it", "score", "both"),
     Column("alignment_in_stderr", pa.float32(), "[0, 1]", "", _STDERR, "score", "decisions"),
