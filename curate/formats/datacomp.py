@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from curate import storage
 from curate.errors import InputError
 from curate.formats import arrays, index
 from curate.formats.arrays import Pair, open_array
@@ -33,7 +34,7 @@ def find_stems(names: Iterable[str]) -> set[str]:
 def has_vectors(files: list[File]) -> bool:
     """Tell whether the first of some Parquet files has vectors beside it, named as input or not."""
     first = next(file for file in files if split_suffix(file.name)[1] == "parquet")
-    return _base(first.url) + ".npz" in list_folder(parent(first.url))
+    return storage.exists(split_suffix(first.url)[0] + ".npz")
 
 
 def _base(url: str) -> str:
