@@ -61,7 +61,7 @@ _ALL = (
     Column("offset", pa.int64(), "bytes", "", "where the image starts in its tar", "ingest"),
     Column("size_bytes", pa.int64(), "bytes", "", "length of the image file; null if unknown", "ingest"),
     Column("row_group", pa.int32(), "", "", "Parquet row group of the image", "ingest"),
-    Column("row", pa.int32(), "", "", "row within its Parquet row group", "ingest"),
+    Column("row", pa.int32(), "", "", "row within its Parquet row group; where the source has vectors and no images, row of these", "ingest"),
     Column("caption", pa.string(), "", "", "the caption as it came, as valid UTF-8 without NUL", "ingest", "both"),
     Column("metadata", pa.string(), "JSON", "", "the source's other fields", "ingest"),
     Column("ingest_reason", pa.string(), "reason code", "", "what was wrong before any pixel was read", "ingest"),
@@ -72,11 +72,11 @@ _ALL = (
     Column("image_emb", None, "unit norm", "", "image vector, float16", "embed"),
     Column("text_emb", None, "unit norm", "", "caption vector, float16", "embed"),
     Column("clip_score", pa.float32(), "[-1, 1]", "higher: better match", "cosine of image_emb and text_emb; null if the two towers share no space", "embed", "both"),
-    Column("thumbnail", pa.binary(), "WebP", "", "image with longest side at most 128 px", "embed"),
+    Column("thumbnail", pa.binary(), "WebP", "", "image with longest side at most 128 px; null where the source has none", "embed"),
     Column("cluster_id", pa.string(), "32 hex digits", "", "smallest uid among the samples joined by duplicate edges", "dedup", "decisions"),
     Column("cluster_size", pa.int32(), "samples", "", "number of samples of this cluster_id", "dedup", "decisions"),
     Column("caption_agreement", pa.float32(), "[-1, 1]", "lower: contradicts", "mean cosine of text_emb to the captions of the cluster's other samples; null if there are none", "dedup", "decisions"),
-    Column("contaminated_by", pa.string(), "", "", "evaluation image that the sample shows: its path, or source:key; null if none", "decontaminate", "decisions"),
+    Column("contaminated_by", pa.string(), "", "", "evaluation image that the sample shows: its path, or source:key, of a .npy source:row; null if none", "decontaminate", "decisions"),
     Column("contamination_cosine", pa.float32(), "[-1, 1]", "", "cosine of image_emb to it", "decontaminate", "decisions"),
     Column("alignment_in", pa.float32(), "[-1, 1]", "higher: better match", "mean cosine of the pair under proxies trained with it", "score", "both"),
     Column("alignment_in_stderr", pa.float32(), "[0, 1]", "", _STDERR, "score", "decisions"),
@@ -99,7 +99,7 @@ _ALL = (
     Column("representative_cosine", pa.float32(), "[-1, 1]", "", "cosine of image_emb to the representative; 1 for equal bytes", "select", "decisions"),
     Column("duplicate_level", pa.string(), "bytes | perceptual | semantic", "", "how the sample duplicates its representative: equal bytes, pixels that match, a near vector alone", "select", "decisions"),
     Column("captions", pa.list_(pa.string()), "", "", "own caption first, then those of dropped duplicates that are not mismatched", "select", "shards"),
-    Column("image", pa.binary(), "", "", "the image's original bytes", "write", "shards"),
+    Column("image", pa.binary(), "", "", "the image's original bytes; null where the source has vectors alone", "write", "shards"),
 )  # fmt: skip
 
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}

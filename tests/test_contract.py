@@ -371,7 +371,7 @@ class _Filler(Stage):
 #: Tried in turn until one is valid and not what the field has anyway.
 _VALUES: tuple[Any, ...] = (
     True, False, 0.5, 2, 3, 4, 30, 150, 20_000,
-    "other", "folder", "heads", "open_clip:ViT-B-32/laion2b_s34b_b79k",
+    "other", "folder", "heads", "l14", "open_clip:ViT-B-32/laion2b_s34b_b79k",
     {"column": "width", "fraction": 0.5}, [{"column": "width", "min": 1}], ["resolution"],
 )  # fmt: skip
 

@@ -3,15 +3,29 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from curate.errors import InputError
-from curate.formats import folder, parquet, webdataset
+from curate.errors import InputError, SourceChangedError
+from curate.formats import clip_retrieval, datacomp, folder, npy, parquet, webdataset
+from curate.formats.arrays import Pair, Stored, no_images, normalise
 from curate.formats.index import IMAGE_SUFFIXES, Scan
 from curate.formats.sources import File, Source, list_files, locate, split_suffix
 
-__all__ = ["FORMATS", "Format", "detect", "list_sources", "read_images"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Vectors",
+    "detect",
+    "list_sources",
+    "measure_vectors",
+    "read_images",
+    "read_vectors",
+]
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -28,12 +42,15 @@ class Format:
         `scan(source, uid_column)` indexes one.
     read_images : callable
         `read_images(source, rows)` yields the bytes of the rows' images.
+    open_vectors : callable or None
+        `open_vectors(source, choice)` opens a source's vectors; None where it holds images.
     """
 
     accepts: str
     group: Callable[[list[File]], list[Source]]
     scan: Callable[[Source, str | None], Scan]
     read_images: Callable[[Source, pa.Table], Iterator[bytes | None]]
+    open_vectors: Callable[[Source, str | None], Pair] | None = None
 
 
 FORMATS = {
@@ -50,6 +67,21 @@ FORMATS = {
         folder.scan,
         folder.read_images,
     ),
+    "clip_retrieval": Format(
+        "clip-retrieval's img_emb/ and metadata/",
+        clip_retrieval.group,
+        clip_retrieval.scan,
+        no_images,
+        clip_retrieval.open_vectors,
+    ),
+    "datacomp": Format(
+        ".parquet files with a .npz beside each",
+        datacomp.group,
+        datacomp.scan,
+        no_images,
+        datacomp.open_vectors,
+    ),
+    "npy": Format("vectors as .npy files", npy.group, npy.scan, no_images, npy.open_vectors),
 }
 
 _TABLES = ("csv", "tsv", "jsonl")
@@ -60,7 +92,8 @@ def detect(names: Iterable[str]) -> str:
     """Tell the layout of files from their names.
 
     Parquet files beside images count as "folder": a table that names them. A `.parquet` that has
-    a `.tar` of the same name belongs to that.
+    a `.tar` of the same name belongs to that. A `.npy` that is no part of clip-retrieval's folders
+    counts only where there is nothing else.
 
     Returns
     -------
@@ -72,26 +105,27 @@ def detect(names: Iterable[str]) -> str:
     InputError
         If there is no layout, more than one, or tars that are compressed.
     """
-    named = list(names)
-    suffixes = Counter(split_suffix(name)[1] for name in named)
+    given = list(names)
+    stems = datacomp.find_stems(given)
+    has_parts = clip_retrieval.holds(given)
+    # What belongs to vectors says nothing about images.
+    named = [
+        name
+        for name in given
+        if split_suffix(name)[0] not in stems and not (has_parts and clip_retrieval.belongs(name))
+    ]
+    suffixes = Counter(split_suffix(name)[1] for name in given)
     packed = next((name for name in named if name.lower().endswith(_COMPRESSED_TARS)), None)
     if packed is not None:
         raise InputError(f"{packed}: must be a plain tar; it is compressed. Decompress it first.")
-    tars = {split_suffix(name)[0] for name in named if split_suffix(name)[1] == "tar"}
-    alone = [
-        name
-        for name in named
-        if split_suffix(name)[1] == "parquet" and split_suffix(name)[0] not in tars
-    ]
-    has_images = any(suffixes[suffix] for suffix in IMAGE_SUFFIXES)
-    has_folder = has_images or any(suffixes[suffix] for suffix in _TABLES)
-    present = []
-    if tars:
-        present.append("webdataset")
-    if alone and not (has_images and not tars):
-        present.append("parquet")
-    if has_folder:
-        present.append("folder")
+    present = list(_image_layouts(named))
+    if has_parts:
+        present.append("clip_retrieval")
+    if stems:
+        # Tables alone lack their vectors, which is for that layout to say.
+        present = [one for one in present if one != "parquet"] + ["datacomp"]
+    if not present and suffixes["npy"]:
+        present.append("npy")
     if not present:
         raise InputError(f"must hold {_accepted()}; found {_summary(suffixes)}")
     if len(present) > 1:
@@ -100,6 +134,22 @@ def detect(names: Iterable[str]) -> str:
             f"Choose with --set ingest.format={present[0]}"
         )
     return present[0]
+
+
+def _image_layouts(named: list[str]) -> Iterator[str]:
+    """Yield the layouts of images that there are among files."""
+    suffixes = Counter(split_suffix(name)[1] for name in named)
+    tars = {split_suffix(name)[0] for name in named if split_suffix(name)[1] == "tar"}
+    alone = any(
+        split_suffix(name)[1] == "parquet" and split_suffix(name)[0] not in tars for name in named
+    )
+    has_images = any(suffixes[suffix] for suffix in IMAGE_SUFFIXES)
+    if tars:
+        yield "webdataset"
+    if alone and not (has_images and not tars):
+        yield "parquet"
+    if has_images or any(suffixes[suffix] for suffix in _TABLES):
+        yield "folder"
 
 
 def _accepted() -> str:
@@ -141,7 +191,9 @@ def list_sources(
             chosen = detect(file.name for file in files)
         except InputError as error:
             raise InputError(f"{where}: {error}.") from error
-        if chosen == "parquet" and parquet.names_images(files):
+        if chosen == "parquet" and datacomp.has_vectors(files):
+            chosen = "datacomp"
+        elif chosen == "parquet" and parquet.names_images(files):
             chosen = "folder"
     sources = sorted(FORMATS[chosen].group(files), key=lambda source: source.name)
     if not sources:
@@ -168,19 +220,23 @@ def read_images(root: str, rows: pa.Table) -> Iterator[bytes | None]:
     SourceChangedError
         If a source is gone or no longer holds what was indexed.
     """
+    for name, part in _by_source(rows):
+        kind = _kind(part)
+        if kind is None:
+            yield from (None for _ in range(len(part)))
+        else:
+            yield from FORMATS[kind].read_images(Source(name, locate(root, name), kind), part)
+
+
+def _by_source(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Cut index rows where the source changes."""
     names = rows["source_file"].to_pylist()
     start = 0
     while start < len(names):
         stop = start
         while stop < len(names) and names[stop] == names[start]:
             stop += 1
-        part = rows.slice(start, stop - start)
-        kind = _kind(part)
-        if kind is None:
-            yield from (None for _ in range(stop - start))
-        else:
-            source = Source(names[start], locate(root, names[start]), kind)
-            yield from FORMATS[kind].read_images(source, part)
+        yield names[start], rows.slice(start, stop - start)
         start = stop
 
 
@@ -188,3 +244,114 @@ def _kind(rows: pa.Table) -> str | None:
     """Tell a source's layout from the columns that say where its images are."""
     columns = {"offset": "webdataset", "row_group": "parquet", "member": "folder"}
     return next((k for c, k in columns.items() if rows[c].null_count < len(rows)), None)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of samples as their source gives them.
+
+    Parameters
+    ----------
+    images : (N, D) float16, unit norm
+    has_image : (N,) bool
+        False where the source has no usable vector; zeros in `images`.
+    texts : (N, E) float16, unit norm
+    has_text : (N,) bool
+    """
+
+    images: Array
+    has_image: Array
+    texts: Array
+    has_text: Array
+
+
+def measure_vectors(source: Source, choice: str | None, samples: int) -> dict[str, int | None]:
+    """Check that a source has one vector per sample, and return how wide they are.
+
+    Parameters
+    ----------
+    source : Source
+    choice : str or None
+        Which of a source's vectors; None: the layout's default.
+    samples : int
+        Rows of its index.
+
+    Returns
+    -------
+    dict
+        Numbers per vector of `image` and `text`, None where there is none; empty where the source
+        holds images instead.
+
+    Raises
+    ------
+    InputError
+        If numbers of rows differ, or an array is not one of vectors.
+    """
+    opener = FORMATS[source.kind].open_vectors
+    if opener is None:
+        return {}
+    pair = opener(source, choice)
+    for stored in (pair.image, pair.text):
+        if stored is not None and stored.rows != samples:
+            raise InputError(
+                f"{source.name}: must have as many rows in all its files; {stored.name} has "
+                f"{stored.rows}, its metadata {samples}. Copy them again."
+            )
+    return {"image": pair.image.width, "text": pair.text.width if pair.text else None}
+
+
+def read_vectors(
+    root: str, rows: pa.Table, kind: str, choice: str | None, widths: dict[str, int | None]
+) -> Vectors:
+    """Return the vectors of index rows, in order.
+
+    Parameters
+    ----------
+    root : str
+        Folder to which `source_file` is relative.
+    rows : pyarrow.Table
+        Columns source_file, row.
+    kind : str
+        Key of `FORMATS`.
+    choice : str or None
+        Which of a source's vectors.
+    widths : dict
+        What `measure_vectors` told of all sources. Without texts theirs are as wide as images.
+
+    Raises
+    ------
+    SourceChangedError
+        If a source is gone or no longer holds what was indexed.
+    """
+    opener = FORMATS[kind].open_vectors
+    assert opener is not None
+    width = widths["image"] or 0
+    found = Vectors(
+        *_no_vectors(len(rows), width), *_no_vectors(len(rows), widths["text"] or width)
+    )
+    start = 0
+    for name, part in _by_source(rows):
+        source, places = Source(name, locate(root, name), kind), part["row"].to_numpy()
+        try:
+            pair = opener(source, choice)
+        except InputError as error:
+            raise SourceChangedError(str(error)) from error
+        own = slice(start, start + len(part))
+        _fill(pair.image, places, found.images[own], found.has_image[own])
+        if pair.text is not None:
+            _fill(pair.text, places, found.texts[own], found.has_text[own])
+        start += len(part)
+    return found
+
+
+def _no_vectors(count: int, width: int) -> tuple[Array, Array]:
+    return np.zeros((count, width), np.float16), np.zeros(count, bool)
+
+
+def _fill(stored: Stored, rows: Array, vectors: Array, valid: Array) -> None:
+    if stored.width != vectors.shape[1]:
+        raise SourceChangedError(
+            f"{stored.name}: must hold vectors of {vectors.shape[1]} numbers, as when it was "
+            f"indexed; got {stored.width}. Put it back or start anew."
+        )
+    vectors[:], valid[:] = normalise(stored.take(rows))

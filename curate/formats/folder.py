@@ -253,16 +253,9 @@ def _scan_table(source: Source, uid_column: str | None) -> list[Row]:
         member = _clean_member(path)
         _note_image(row, member, files.get(member or ""), reason)
         rows.append(row)
-    _number_paths(rows)
+    # A table may rightly give an image several captions.
+    index.number_repeats(rows, is_fault=False)
     return rows
-
-
-def _number_paths(rows: list[Row]) -> None:
-    """Set ordinals without a reason: a table may rightly give an image several captions."""
-    seen: dict[str, int] = {}
-    for row in rows:
-        row.ordinal = seen.get(row.key, 0)
-        seen[row.key] = row.ordinal + 1
 
 
 def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:

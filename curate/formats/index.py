@@ -116,13 +116,13 @@ def to_table(rows: list[Row], source_file: str) -> pa.Table:
     return pa.table(columns, schema=SCAN_SCHEMA)
 
 
-def number_repeats(rows: Iterable[Row]) -> None:
-    """Give repeated keys their ordinal and the reason `duplicate_key`, in place."""
+def number_repeats(rows: Iterable[Row], is_fault: bool = True) -> None:
+    """Give repeated keys their ordinal and, if they are a fault, `duplicate_key`, in place."""
     seen: Counter[str] = Counter()
     for row in rows:
         row.ordinal = seen[row.key]
         seen[row.key] += 1
-        if row.ordinal:
+        if row.ordinal and is_fault:
             row.ingest_reason = first_reason(row.ingest_reason, "duplicate_key")
 
 

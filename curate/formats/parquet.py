@@ -21,6 +21,7 @@ __all__ = [
     "names_images",
     "read_fields",
     "read_images",
+    "read_rows",
     "scan",
 ]
 
@@ -151,11 +152,7 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
     with _opened(source.url, source.name) as parquet:
         schema = parquet.schema_arrow
         roles = _find_roles(schema, source.name)
-        if uid_column is not None and uid_column not in schema.names:
-            raise InputError(
-                f"{source.name}: ingest.uid_column must be one of {', '.join(schema.names[:12])}; "
-                f"got {uid_column}."
-            )
+        _check_uid_column(source.name, schema, uid_column)
         columns = [f.name for f in schema if _is_plain(f.type) and f.name != roles.image]
         try:
             for number in range(parquet.num_row_groups):
@@ -173,6 +170,62 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
             ) from error
     index.number_repeats(rows)
     return Scan(index.to_table(rows, source.name))
+
+
+def read_rows(url: str, name: str, uid_column: str | None, key_names: tuple[str, ...]) -> list[Row]:
+    """Index a table of samples whose vectors lie elsewhere, at the same row.
+
+    A caption counts as missing only where the table has a column of them, and keys may repeat: a
+    row is told by its number.
+
+    Parameters
+    ----------
+    url, name : str
+        Of the table; the name is for error messages.
+    uid_column : str or None
+        Column that identifies a sample.
+    key_names : tuple of str
+        Columns that may name a sample, best first.
+
+    Raises
+    ------
+    InputError
+        If the table is not whole or a column is missing.
+    SourceChangedError
+        If it is gone.
+    """
+    rows: list[Row] = []
+    with _opened(url, name) as parquet:
+        schema = parquet.schema_arrow
+        _check_uid_column(name, schema, uid_column)
+        columns = [field.name for field in schema if _is_plain(field.type)]
+        texts = [one for one in columns if _is_text(schema.field(one).type)]
+        caption = index.find_name(texts, index.CAPTION_NAMES)
+        roles = _Roles("", False, caption, index.find_name(columns, key_names))
+        try:
+            for number in range(parquet.num_row_groups):
+                table = parquet.read_row_group(number, columns)
+                for fields in read_fields(table) or [{}] * table.num_rows:
+                    row = _row(fields, len(rows), roles, uid_column)
+                    if caption is None and row.ingest_reason == "caption_missing":
+                        row.ingest_reason = None
+                    row.row = len(rows)
+                    rows.append(row)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{name}: must be a whole Parquet file; cannot be read: {_first_line(error)}. "
+                "Remove it or copy it again."
+            ) from error
+    index.number_repeats(rows, is_fault=False)
+    return rows
+
+
+def _check_uid_column(name: str, schema: pa.Schema, uid_column: str | None) -> None:
+    if uid_column is not None and uid_column not in schema.names:
+        raise InputError(
+            f"{name}: ingest.uid_column must be one of {', '.join(schema.names[:12])}; "
+            f"got {uid_column}."
+        )
 
 
 def _is_plain(kind: pa.DataType) -> bool:

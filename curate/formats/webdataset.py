@@ -284,17 +284,18 @@ class Sample:
     ----------
     key : str
         Without dots.
-    suffix : str
+    suffix : str or None
         Extension of the image, without the dot.
-    image : bytes
+    image : bytes or None
+        None where the source has none: the sample is written without.
     caption : str
     metadata : str
         JSON text.
     """
 
     key: str
-    suffix: str
-    image: bytes
+    suffix: str | None
+    image: bytes | None
     caption: str
     metadata: str
 
@@ -330,6 +331,8 @@ def write(path: str, samples: Iterable[Sample]) -> int:
                 ("json", sample.metadata.encode()),
             )
             for suffix, content in members:
+                if content is None:
+                    continue
                 header = tarfile.TarInfo(f"{sample.key}.{suffix}")
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))

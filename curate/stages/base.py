@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from curate import storage
+from curate.formats import Vectors
 
 __all__ = ["Room", "Stage", "Step", "Table", "execution_only", "one_task", "shard_tasks"]
 
@@ -61,6 +62,25 @@ class Room:
         """Yield the original bytes of index rows, in order; None where there is no image."""
         return self.pipeline[0].open(index)
 
+    def layout(self) -> dict[str, Any]:
+        """What `ingest` found and decided: `samples`, `format`, `shards`, widths of `vectors`."""
+        found: dict[str, Any] = storage.read_json(
+            storage.join(self.folders["ingest"], "layout.json")
+        )
+        return found
+
+    def has_source_vectors(self) -> bool:
+        """Tell whether the source supplies vectors, and therefore no images."""
+        try:
+            layout = self.layout()
+        except FileNotFoundError:  # nothing has run yet
+            return self.pipeline[0].supplies_vectors()
+        return layout.get("vectors") is not None
+
+    def read_source_vectors(self, index: pa.Table) -> Vectors:
+        """Return the vectors that the source supplies for index rows, in order."""
+        return self.pipeline[0].open_vectors(index, self.layout())
+
     def path(self, *names: str, table: str | None = None) -> str:
         """Location of a file in a table's folder, by default that of the stage's first table."""
         return storage.join(self.folders[table or self.stage.tables()[0].name], *names)
@@ -75,8 +95,7 @@ class Room:
 
     def shards(self) -> list[str]:
         """Names of all shards, in order."""
-        layout = storage.read_json(storage.join(self.folders["ingest"], "layout.json"))
-        return [shard["name"] for shard in layout["shards"]]
+        return [shard["name"] for shard in self.layout()["shards"]]
 
     def read(self, shard: str, columns: Sequence[str]) -> pa.Table:
         """Return `uid` and the named earlier columns of one shard, checked to be aligned."""
@@ -179,4 +198,12 @@ class Stage(BaseModel):
 
     def open(self, table: pa.Table) -> Iterator[bytes | None]:
         """Yield the bytes of index rows; only the stage that made the index can."""
+        raise NotImplementedError
+
+    def supplies_vectors(self) -> bool:
+        """Tell, before anything ran, whether `open_vectors` will give any."""
+        return False
+
+    def open_vectors(self, table: pa.Table, layout: dict[str, Any]) -> Vectors:
+        """Return the vectors of index rows; only the stage that made the index can."""
         raise NotImplementedError

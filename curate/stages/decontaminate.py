@@ -5,7 +5,7 @@ It removes nothing: `select` drops what has a `contaminated_by`.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +14,25 @@ from pydantic import Field, field_validator
 
 from curate import formats, storage
 from curate.errors import InputError
+from curate.formats.arrays import normalise
 from curate.formats.pixels import read_thumbnail
 from curate.formats.sources import Source, find_root, identify
 from curate.schema import select_schema
 from curate.stages.base import Room, Step, Table, execution_only, one_task, shard_tasks
 from curate.stages.embed import embed_images
-from curate.stages.ingest import commit_sources, read_source, source_tasks
+from curate.stages.ingest import (
+    Ingest,
+    Layout,
+    VectorChoice,
+    commit_sources,
+    read_source,
+    source_tasks,
+)
 from curate.stages.likeness import Likeness
 
 __all__ = ["Decontaminate"]
+
+Array = np.ndarray[Any, Any]
 
 _COLUMNS = ("contaminated_by", "contamination_cosine")
 
@@ -33,10 +43,15 @@ class Decontaminate(Likeness):
     name: ClassVar[str] = "decontaminate"
 
     inputs: tuple[str, ...] = execution_only(
-        (), "files, folders, patterns and fsspec URLs of the evaluation images; none: nothing to do"
+        (),
+        "files, folders, patterns and fsspec URLs of the evaluation images, or of their vectors by "
+        "the run's own model; none: nothing to do",
     )
-    format: Literal["auto", "webdataset", "parquet", "folder"] = Field(
+    format: Layout = Field(
         "auto", description="layout of these; auto: told from the names of the files"
+    )
+    vectors: VectorChoice = Field(
+        None, description="which of DataComp's arrays are taken; default: as for `ingest.vectors`"
     )
 
     @field_validator("inputs", mode="before")
@@ -85,7 +100,18 @@ def _stage(room: Room) -> Decontaminate:
 
 def _list(room: Room, task: str) -> dict[str, float]:
     """Put down the sources, so that not every task has to list the whole input again."""
-    return {"sources": commit_sources(room, _stage(room).list_sources())}
+    sources = _stage(room).list_sources()
+    if sources and room.has_source_vectors() and not _holds_vectors(sources[0]):
+        raise InputError(
+            f"{_stage(room).inputs[0]}: must hold vectors (decontaminate.inputs), as the run's own "
+            f"come from its input and not from an encoder; got {sources[0].kind}. Embed the images "
+            "with the model that made those."
+        )
+    return {"sources": commit_sources(room, sources)}
+
+
+def _holds_vectors(source: Source) -> bool:
+    return formats.FORMATS[source.kind].open_vectors is not None
 
 
 def _embed_source(room: Room, task: str) -> dict[str, float]:
@@ -93,7 +119,12 @@ def _embed_source(room: Room, task: str) -> dict[str, float]:
     root = find_root(_stage(room).inputs)
     source = read_source(room, task, root)
     index = formats.FORMATS[source.kind].scan(source, None).table
-    vectors, valid, thumbnails = embed_images(room, formats.read_images(root, index), len(index))
+    thumbnails: list[bytes | None] = [None] * len(index)
+    if _holds_vectors(source):
+        vectors, valid = _read_vectors(room, source, index)
+    else:
+        images = formats.read_images(root, index)
+        vectors, valid, thumbnails = embed_images(room, images, len(index))
     table = pa.table(
         {
             "name": pa.array(_names(source, index), pa.string()),
@@ -104,6 +135,24 @@ def _embed_source(room: Room, task: str) -> dict[str, float]:
     usable = table.filter(pa.array(valid))
     storage.commit_table(room.path("evaluation", f"{task}.parquet"), usable)
     return {"samples": len(index), "usable": len(usable)}
+
+
+def _read_vectors(room: Room, source: Source, index: pa.Table) -> tuple[Array, Array]:
+    """Return the source's vectors, if they can be of the run's space: (M, D) float16, (M,) bool."""
+    ingest = room.pipeline[0]
+    assert isinstance(ingest, Ingest)
+    choice = _stage(room).vectors or ingest.vectors
+    found = formats.measure_vectors(source, choice, len(index))
+    column = room.read(room.shards()[0], ["image_emb"])["image_emb"]
+    width = column.type.byte_width // 2
+    if found["image"] != width:
+        raise InputError(
+            f"{source.name}: vectors must be {width} numbers wide, as the run's (decontaminate"
+            f".inputs); got {found['image']}. Embed the evaluation images with the run's model."
+        )
+    opener = formats.FORMATS[source.kind].open_vectors
+    assert opener is not None
+    return normalise(opener(source, choice).image.take(index["row"].to_numpy()))
 
 
 def _names(source: Source, index: pa.Table) -> list[str]:
@@ -118,8 +167,8 @@ def _check(room: Room, task: str) -> dict[str, float]:
     inputs = _stage(room).inputs
     if inputs and not usable:
         raise InputError(
-            f"{inputs[0]}: must hold images to compare with (decontaminate.inputs); none can be "
-            "decoded. Name others."
+            f"{inputs[0]}: must hold images or vectors to compare with (decontaminate.inputs); "
+            "none can be decoded, or has a norm. Name others."
         )
     storage.commit_json(room.path("evaluation.json"), {"images": usable})
     return {}
@@ -145,11 +194,14 @@ def _match(room: Room, shard: str) -> dict[str, float]:
         known = storage.read_table(path)
         if len(known) == 0 or len(own) == 0:
             continue
+        # Vectors that came without images have no thumbnails.
+        has_pixels = known["thumbnail"].null_count == 0
+        judge = stage if has_pixels else stage.without_pixels()
         base = Rows.of(storage.read_vectors(known["image_emb"])[0])
-        left, right, cosine = pairs_within(queries, base, stage.min_cosine, room.threads)
+        left, right, cosine = pairs_within(queries, base, judge.min_cosine, room.threads)
         left = own[left]
         numbers = len(table) + right
-        confirmed = stage.confirm(left, numbers, _thumbnail_reader(table, known))
+        confirmed = judge.confirm(left, numbers, _thumbnail_reader(table, known))
         # The most alike; of equally alike ones the first.
         order = np.lexsort((right, -cosine))
         for place in order[confirmed[order]]:

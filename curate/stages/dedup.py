@@ -102,7 +102,7 @@ class Dedup(Likeness):
 def _collapse(room: Room, task: str) -> dict[str, float]:
     """Commit which samples are equal: they are searched once, and their pairs never counted.
 
-    Equal are equal bytes, and equal vectors where pixels are not asked.
+    Equal are equal bytes, and equal vectors where pixels are not asked or there are none.
     """
     from curate.dedup.neighbors import row_digests
 

@@ -37,10 +37,11 @@ Array = np.ndarray[Any, Any]
 
 
 def dedup_stage(room: Room) -> "Dedup":
-    """Return the run's own, which a later stage may ask for too."""
+    """Return the run's own, as it judges the run's samples; a later stage may ask for it too."""
     from curate.stages.dedup import Dedup
 
-    return next(stage for stage in (room.stage, *room.pipeline) if isinstance(stage, Dedup))
+    stage = next(stage for stage in (room.stage, *room.pipeline) if isinstance(stage, Dedup))
+    return stage.without_pixels() if room.has_source_vectors() else stage
 
 
 def shard_starts(room: Room) -> list[int]:

@@ -1,6 +1,10 @@
-"""embed: the only decode. Vectors, pixel facts and thumbnails in one pass over the images."""
+"""embed: the only decode. Vectors, pixel facts and thumbnails in one pass over the images.
+
+Where the source supplies vectors instead of images they are taken over, and nothing is decoded.
+"""
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +37,8 @@ _THUMBNAIL_PX = 128
 #: in a small shard, and batches are filled up to a fixed size.
 _BATCH = {"cpu": {"image": 8, "text": 16}, "cuda": {"image": 256, "text": 256}}
 _PROBE_SAMPLES = 16
+#: Metadata that says how large an image is: that of the original before that of a copy.
+_SIDES = (("original_width", "original_height"), ("width", "height"), ("WIDTH", "HEIGHT"))
 
 
 class Embed(Stage):
@@ -55,7 +61,7 @@ class Embed(Stage):
         return value
 
     def reads(self) -> tuple[str, ...]:
-        return (*_LOCATION, "caption")
+        return (*_LOCATION, "caption", "metadata")
 
     def tables(self) -> tuple[Table, ...]:
         pixels = ("width", "height", "sha256", "decode_reason")
@@ -82,13 +88,17 @@ class Embed(Stage):
         return {**super().hashed_fields(), "encoder": f"{family}:{model}/sha256:{digest}"}
 
     def warm(self, room: Room) -> None:
+        if "embed.vectors" not in room.missing or room.has_source_vectors():
+            return
         from curate.models.precision import pick_device
 
-        if "embed.vectors" in room.missing:
-            _load(self.encoder, pick_device())
+        _load(self.encoder, pick_device())
 
     def facts(self, room: Room) -> dict[str, Any]:
-        return {"precision": storage.read_json(room.path("precision.json"))}
+        if not room.has_source_vectors():
+            return {"precision": storage.read_json(room.path("precision.json"))}
+        widths = room.layout()["vectors"]
+        return {"vectors": {"from": "source", **widths, "shared_space": _shares_space(widths)}}
 
 
 _loading = threading.Lock()
@@ -108,7 +118,7 @@ def _load_once(name: str, device: str) -> "Encoder":
 
 
 def _probe_tasks(room: Room) -> list[str]:
-    return ["precision", "concepts"]
+    return [] if room.has_source_vectors() else ["precision", "concepts"]
 
 
 def _probe(room: Room, task: str) -> dict[str, float]:
@@ -209,6 +219,8 @@ def embed_images(
 
 
 def _embed_shard(room: Room, shard: str) -> dict[str, float]:
+    if room.has_source_vectors():
+        return _take_over(room, shard)
     from curate.models.encoders import torch_threads
 
     index = room.read(shard, [*_LOCATION, "caption"])
@@ -222,10 +234,48 @@ def _embed_shard(room: Room, shard: str) -> dict[str, float]:
         decoded = _decode_all(room, room.open_images(index), encoder)
         samples, images, has_image = _encode_images(encoder, decoded, len(index), choice)
         texts, has_text = _encode_texts(encoder, index["caption"].to_pylist(), choice)
-    vectors = _vector_table(uids, encoder, images, has_image, texts, has_text)
+    vectors = _vector_table(uids, encoder.shared_space, images, has_image, texts, has_text)
     room.commit_shard("embed.vectors", shard, vectors)
     _commit_facts(room, shard, uids, samples)
     return _counts(samples)
+
+
+def _take_over(room: Room, shard: str) -> dict[str, float]:
+    """Commit what the source itself says: vectors, and the sides of images that are not here."""
+    index = room.read(shard, [*_LOCATION, "metadata"])
+    uids = index.select(["uid"])
+    counts: dict[str, float] = {"samples": len(index)}
+    if "embed.vectors" in room.missing:
+        found = room.read_source_vectors(index)
+        shared = _shares_space(room.layout()["vectors"])
+        columns = (found.images, found.has_image, found.texts, found.has_text)
+        vectors = _vector_table(uids, shared, *columns)
+        room.commit_shard("embed.vectors", shard, vectors)
+        counts["without_vector"] = int((~found.has_image).sum())
+    sides = [_read_sides(text) for text in index["metadata"].to_pylist()]
+    samples = [_Sample(Decoded(None, *both, None), None, None, None) for both in sides]
+    _commit_facts(room, shard, uids, samples)
+    return counts
+
+
+def _shares_space(widths: dict[str, int | None]) -> bool:
+    """Towers of one width count as trained to meet: who embeds both for others has a CLIP."""
+    return widths["image"] == widths["text"]
+
+
+def _read_sides(metadata: str | None) -> tuple[int | None, int | None]:
+    """Width and height that a sample's metadata gives; None where it gives no whole pair."""
+    fields = json.loads(metadata) if metadata else {}
+    for names in _SIDES:
+        # A column with gaps may come as floats.
+        width, height = (_to_side(fields.get(name)) for name in names)
+        if width and height:
+            return width, height
+    return None, None
+
+
+def _to_side(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and 1 <= value < 2**31 else None
 
 
 def _decode_all(
@@ -347,14 +397,14 @@ def _pad_tokens(encoder: "Encoder", tokens: list[Any]) -> np.ndarray[Any, Any]:
 
 def _vector_table(
     uids: pa.Table,
-    encoder: "Encoder",
+    shared_space: bool,
     images: np.ndarray[Any, Any],
     has_image: np.ndarray[Any, Any],
     texts: np.ndarray[Any, Any],
     has_text: np.ndarray[Any, Any],
 ) -> pa.Table:
     scores = pa.nulls(len(uids), pa.float32())
-    if encoder.shared_space:
+    if shared_space:
         cosines = (images.astype(np.float32) * texts.astype(np.float32)).sum(axis=1)
         scores = pa.array(cosines, pa.float32(), mask=~(has_image & has_text))
     return (

@@ -21,7 +21,14 @@ from curate.formats.sources import Source, find_root, identify, open_binary
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
 
-__all__ = ["Ingest", "commit_sources", "read_source", "source_tasks"]
+__all__ = [
+    "Ingest",
+    "Layout",
+    "VectorChoice",
+    "commit_sources",
+    "read_source",
+    "source_tasks",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +45,14 @@ _COLUMNS = (
     "metadata",
     "ingest_reason",
 )
+Layout = Literal["auto", "webdataset", "parquet", "folder", "clip_retrieval", "datacomp", "npy"]
+VectorChoice = Literal["l14", "b32", "dedup"] | None
+
 #: A scan file has the index columns and the uid that a row falls back to if its own is taken.
 _SCAN_SCHEMA = select_schema(_COLUMNS).append(pa.field("hash_uid", pa.string()))
 _SCAN_GROUP_ROWS = 8192
+#: Where a scan file's footer says how wide the vectors of its source are.
+_WIDTHS = b"curate.widths"
 _MAX_ROWS_IN_MEMORY = 10_000_000
 
 
@@ -55,8 +67,13 @@ class Ingest(Stage):
     root: str | None = execution_only(
         None, "Folder to which names of sources are relative; default: the one all inputs are in."
     )
-    format: Literal["auto", "webdataset", "parquet", "folder"] = Field(
+    format: Layout = Field(
         default="auto", description="Layout of the input; auto: told from the names of the files."
+    )
+    vectors: VectorChoice = Field(
+        default=None,
+        description="Which of DataComp's arrays are taken: l14, b32, or the descriptor `dedup`, of "
+        "images alone; default: the first of these that is there.",
     )
     dataset: str = Field(
         default="", description="Name that keeps uids of different data sets apart."
@@ -121,7 +138,11 @@ class Ingest(Stage):
         InputError
             If an input is missing, empty or of another layout.
         """
-        return [identify(source) for source in self.list_sources()]
+        return [identify(source) | _supply(source) for source in self.list_sources()]
+
+    def supplies_vectors(self) -> bool:
+        kinds = {source.kind for source in self.list_sources()}
+        return any(formats.FORMATS[kind].open_vectors is not None for kind in kinds)
 
     def open(self, table: pa.Table) -> Iterator[bytes | None]:
         """Yield the image bytes of index rows, in order; None where a row has none.
@@ -137,6 +158,29 @@ class Ingest(Stage):
             If a source is gone or no longer holds what was indexed.
         """
         return formats.read_images(self.folder(), table)
+
+    def open_vectors(self, table: pa.Table, layout: dict[str, Any]) -> formats.Vectors:
+        """Return the vectors of index rows, in order.
+
+        Parameters
+        ----------
+        table : pyarrow.Table
+            Columns source_file, row.
+        layout : dict
+            What `layout.json` holds.
+
+        Raises
+        ------
+        SourceChangedError
+            If a source is gone or no longer holds what was indexed.
+        """
+        kind, widths = layout["format"], layout["vectors"]
+        return formats.read_vectors(self.folder(), table, kind, self.vectors, widths)
+
+
+def _supply(source: Source) -> dict[str, Any]:
+    """What a source's identity says besides of one whose vectors are taken as they are."""
+    return {} if formats.FORMATS[source.kind].open_vectors is None else {"supplies": "vectors"}
 
 
 def _ingest(room: Room) -> Ingest:
@@ -178,7 +222,9 @@ def _scan(room: Room, task: str) -> dict[str, float]:
     ingest = _ingest(room)
     source = read_source(room, task, ingest.folder())
     found = formats.FORMATS[source.kind].scan(source, ingest.uid_column)
+    widths = formats.measure_vectors(source, ingest.vectors, found.table.num_rows)
     table = _with_uids(found.table, ingest.dataset)
+    table = table.replace_schema_metadata({_WIDTHS: json.dumps(widths)})
     with storage.commit(_scan_url(room, task)) as path:
         pq.write_table(table, path, compression="ZSTD", row_group_size=_SCAN_GROUP_ROWS)
     return {"samples": table.num_rows, **found.counts}
@@ -221,6 +267,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
             f"{shown}: must hold image–text samples; found none in {len(urls)} sources. "
             "Check that the files are whole."
         )
+    vectors = _agree_on_widths([record["name"] for record in records], urls)
     if ingest.uid_column is not None and not any(map(_has_own_uids, urls)):
         raise InputError(
             f"ingest.uid_column: must name a field that samples have; got {ingest.uid_column}, "
@@ -238,9 +285,34 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
         {"name": str(i).zfill(5), "samples": sum(b - a for _, a, b in parts), "parts": parts}
         for i, parts in enumerate(_cut(counts, size))
     ]
-    layout = {"samples": total, "format": records[0]["kind"], "shards": shards}
+    layout = {"samples": total, "format": records[0]["kind"], "vectors": vectors, "shards": shards}
     storage.commit_json(room.path("layout.json"), layout)
     return {"samples": total, "shards": len(shards), "repeated_uids": len(repeats)}
+
+
+def _agree_on_widths(names: list[str], urls: list[str]) -> dict[str, int | None] | None:
+    """Return how wide all sources' vectors are; None where they hold images.
+
+    Raises
+    ------
+    InputError
+        If widths differ: such vectors are of two spaces.
+    """
+    known: dict[str, tuple[int, str]] = {}
+    for name, url in zip(names, urls, strict=True):
+        with open_binary(url) as file:
+            widths = json.loads(pq.read_schema(file).metadata[_WIDTHS])
+        for modality, width in widths.items():
+            if width is None:
+                continue
+            first, where = known.setdefault(modality, (width, name))
+            if width != first:
+                raise InputError(
+                    f"{name}: {modality} vectors must be {first} numbers wide, as in {where}; got "
+                    f"{width}. Two models' vectors cannot be compared: run them apart."
+                )
+    found = {modality: width for modality, (width, _) in known.items()}
+    return {"image": found["image"], "text": found.get("text")} if found else None
 
 
 def _cut(counts: list[int], size: int) -> list[list[list[int]]]:

@@ -1,7 +1,7 @@
 """What counts as the same picture, for all stages that ask: the cosine proposes, pixels confirm."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -36,10 +36,28 @@ class Likeness(Stage):
         le=255,
     )
 
+    min_cosine_alone: float = Field(
+        0.95,
+        description="cosine that is enough where one of the two has no thumbnail to compare",
+        gt=0,
+        le=1,
+    )
+
     @property
     def asks_pixels(self) -> bool:
         """Whether candidates need more than their cosine."""
         return self.min_pixel_match is not None or self.max_patch_difference is not None
+
+    def without_pixels(self) -> Self:
+        """Return the stage as it judges pairs of which one has no thumbnail: by the cosine alone.
+
+        The same stage where pixels are not asked anyway.
+        """
+        if not self.asks_pixels:
+            return self
+        least = max(self.min_cosine, self.min_cosine_alone)
+        asked = {"min_pixel_match": None, "max_patch_difference": None}
+        return self.model_copy(update={"min_cosine": least, **asked})
 
     def confirm(self, left: Array, right: Array, read_image: Callable[[int], Image.Image]) -> Array:
         """Tell which candidates the pixels confirm; all where pixels are not asked.

@@ -103,7 +103,10 @@ def _shard_names(room: Room) -> list[str]:
 
 
 def _write_shard(room: Room, task: str) -> dict[str, float]:
-    """Copy original bytes into one output shard, checking them against the hash of the decode."""
+    """Copy original bytes into one output shard, checking them against the hash of the decode.
+
+    Where the source has vectors alone there are neither bytes nor hashes.
+    """
     layout = storage.read_json(room.path("layout.json"))
     parts = next(shard["parts"] for shard in layout if shard["name"] == task)
     names = public_columns("shards")
@@ -141,7 +144,8 @@ def _kept_rows(room: Room, parts: list[list[Any]]) -> Iterator[pa.Table]:
 def _check_bytes(block: pa.Table, images: list[bytes | None]) -> None:
     hashes = zip(block["sha256"].to_pylist(), images, strict=True)
     for row, (expected, data) in enumerate(hashes):
-        if data is None or hashlib.sha256(data).hexdigest() != expected:
+        found = None if data is None else hashlib.sha256(data).hexdigest()
+        if found != expected:
             source, key = block["source_file"][row].as_py(), block["key"][row].as_py()
             raise SourceChangedError(
                 f"{source}, key {key}: must hold the bytes that were embedded; they changed "
@@ -157,4 +161,5 @@ def _tar_samples(room: Room, parts: list[list[Any]]) -> Iterator[webdataset.Samp
             # Loaders infer types from the first samples: a null there breaks the later ones.
             fields = {name: value for name, value in row.items() if value is not None}
             metadata = json.dumps(fields, ensure_ascii=False)
-            yield webdataset.Sample(row["uid"], image_suffix(image), image, caption, metadata)
+            suffix = None if image is None else image_suffix(image)
+            yield webdataset.Sample(row["uid"], suffix, image, caption, metadata)

@@ -12,6 +12,7 @@ from PIL import Image
 from curate import storage
 from curate.stages.base import Room
 from curate.stages.decontaminate import Decontaminate
+from tests.formats.vectors import datacomp_uids, draw_vectors, write_datacomp, write_part
 from tests.support import (
     clean_pairs,
     curate,
@@ -163,3 +164,88 @@ def test_the_most_alike_is_named(tmp_path: Path) -> None:
     assert sum(one["contaminated_by"] is not None for one in found) >= 25
     nothing = match(tmp_path / "none", samples, [], Decontaminate(min_cosine=0.8))
     assert all(one["contaminated_by"] is None for one in nothing)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return draw_vectors(30)
+
+
+@pytest.fixture(scope="module")
+def embedded(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedded")
+    write_part(folder, "0", vectors)
+    return folder
+
+
+def against(embedded: Path, out: Path, inputs: Path, *more: str) -> dict[str, str]:
+    """Run `dedup` on vectors and return what contaminates which."""
+    settings = (f"decontaminate.inputs={inputs}", *more)
+    asked = [word for setting in settings for word in ("--set", setting)]
+    succeed("run", "dedup", "--input", embedded, "--output", out, "--workers", 1, *asked)
+    rows = read_decisions(out).to_pylist()
+    found = {row["key"]: row["contaminated_by"] for row in rows if row["contaminated_by"]}
+    assert {row["key"] for row in rows if row["reason"] == "contaminated"} == found.keys()
+    return found
+
+
+def test_vectors_of_the_evaluation_set(vectors: np.ndarray, embedded: Path, tmp_path: Path) -> None:
+    known = draw_vectors(9, seed=5)
+    known[2], known[4], known[7] = vectors[3], np.nan, 0
+    row = vectors[20].astype(float) + 0.04 * known[0]  # nearly the same
+    known[6] = row / np.linalg.norm(row)
+    known[8] = vectors[11] + 0.6 * draw_vectors(1, seed=7)[0]  # somewhat like it
+    cosine = float(known[8] @ vectors[11]) / np.linalg.norm(known[8].astype(float))
+    assert 0.82 < cosine < 0.94
+
+    np.save(tmp_path / "known.npy", known)
+    found = against(embedded, tmp_path / "out", tmp_path / "known.npy")
+    assert found == {"00003": "known.npy:2", "00020": "known.npy:6"}
+    looser = "decontaminate.min_cosine_alone=0.8"
+    found = against(embedded, tmp_path / "out", tmp_path / "known.npy", looser)
+    assert found == {"00003": "known.npy:2", "00020": "known.npy:6", "00011": "known.npy:8"}
+
+    write_part(tmp_path / "parts", "0", known, key=[f"k{i}" for i in range(9)])
+    found = against(embedded, tmp_path / "out", tmp_path / "parts")
+    assert found["00003"] == "img_emb/img_emb_0.npy:k2"
+
+    uids = datacomp_uids(9)
+    write_datacomp(tmp_path / "comp", "0", uids, l14_img=draw_vectors(9, 40), b32_img=known)
+    chosen = "decontaminate.vectors=b32"
+    found = against(embedded, tmp_path / "out", tmp_path / "comp", chosen)
+    assert found["00003"] == f"0.parquet:{uids[2]}"
+
+
+def test_vectors_that_say_nothing_about_the_runs(
+    embedded: Path, evaluation: Path, tmp_path: Path
+) -> None:
+    def refuse(inputs: Path) -> str:
+        done = curate(
+            *("run", "dedup", "--input", embedded, "--output", tmp_path / "out", "--workers", 1),
+            *("--set", f"decontaminate.inputs={inputs}"),
+        )
+        assert done.returncode == 2
+        return only_error(done.stderr)
+
+    np.save(tmp_path / "wide.npy", draw_vectors(3, 99))
+    message = refuse(tmp_path / "wide.npy")
+    assert "wide.npy: vectors must be 24 numbers wide" in message
+    assert "got 99. Embed" in message
+    np.save(tmp_path / "none.npy", np.zeros((3, 24), np.float16))
+    assert "none can be decoded, or has a norm" in refuse(tmp_path / "none.npy")
+    assert "must hold vectors (decontaminate.inputs)" in refuse(evaluation)
+
+
+def test_vectors_against_pictures(source: Path, tmp_path: Path) -> None:
+    """A run that embeds its own pictures compares them with vectors by the cosine."""
+    run = ("run", "dedup", "--input", source, "--output", tmp_path / "out")
+    succeed(*run)
+    (folder,) = (tmp_path / "out/stages").glob("embed.vectors-*")
+    own = storage.read_table(str(folder / "shards/00000.parquet"), ["image_emb"])
+    vectors, _ = storage.read_vectors(own["image_emb"])
+    np.save(tmp_path / "known.npy", vectors[[4, 17]].astype(np.float32))
+    succeed(*run, "--set", f"decontaminate.inputs={tmp_path / 'known.npy'}")
+    rows = read_decisions(tmp_path / "out").to_pylist()
+    found = {row["key"]: row["contaminated_by"] for row in rows if row["contaminated_by"]}
+    assert found["004"] == "known.npy:0"
+    assert found["017"] == "known.npy:1"
