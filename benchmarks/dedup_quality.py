@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +43,27 @@ _DISTANCES = (0, 2, 4, 6, 8, 10)
 
 def _pictures(tars: Path, seed: int) -> Iterator[tuple[str, Image.Image]]:
     """Decodable pictures of distinct pixels in an order drawn by key."""
-    members = {
-        Path(member.name).stem: (path, member.name)
-        for path in sorted(tars.glob("*.tar"))
-        for member in tarfile.open(path)
-        if not member.name.endswith((".json", ".txt"))
-    }
-    keys = sorted(members)
-    seen = set()
-    open_tars = {path: tarfile.open(path) for path in {path for path, _ in members.values()}}
-    for row in np.argsort(hash_unit(keys, seed, "dedup sample"), kind="stable"):
-        path, name = members[keys[row]]
-        file = open_tars[path].extractfile(name)
-        assert file is not None
-        image = decode(file.read(), _MAX_PIXELS, _LONGEST).image
-        if image is None:
-            continue
-        image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
-        digest = hashlib.sha256(image.tobytes() + repr(image.size).encode()).digest()
-        if min(image.size) >= _LEAST_SIDE and digest not in seen:
-            seen.add(digest)
-            yield keys[row], image
+    with ExitStack() as stack:
+        members = {}
+        for path in sorted(tars.glob("*.tar")):
+            tar = stack.enter_context(tarfile.open(path))
+            for member in tar:
+                if not member.name.endswith((".json", ".txt")):
+                    members[Path(member.name).stem] = tar, member
+        keys = sorted(members)
+        seen = set()
+        for row in np.argsort(hash_unit(keys, seed, "dedup sample"), kind="stable"):
+            tar, member = members[keys[row]]
+            file = tar.extractfile(member)
+            assert file is not None
+            image = decode(file.read(), _MAX_PIXELS, _LONGEST).image
+            if image is None:
+                continue
+            image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+            digest = hashlib.sha256(image.tobytes() + repr(image.size).encode()).digest()
+            if min(image.size) >= _LEAST_SIDE and digest not in seen:
+                seen.add(digest)
+                yield keys[row], image
 
 
 def plant(tars: Path, folder: Path, sample: int, seed: int) -> None:
@@ -141,7 +142,14 @@ class _Runs:
 
     def edges(self, *settings: str) -> tuple[Pairs, float]:
         """Pairs that the shipped pipeline joins, equal bytes included, and the stage's seconds."""
-        command = ["run", _PIPELINE, "--input", str(self.work / "images"), "--output", str(self.out)]
+        command = [
+            "run",
+            _PIPELINE,
+            "--input",
+            str(self.work / "images"),
+            "--output",
+            str(self.out),
+        ]
         command += [word for setting in settings for word in ("--set", setting)]
         subprocess.run(
             [sys.executable, "-m", "curate", *command], check=True, stdout=subprocess.DEVNULL
