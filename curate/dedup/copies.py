@@ -66,9 +66,10 @@ _FULL_SPREAD = 43.0
 #: before its first step (copies had at most 7), or where a step leaves more of it than this share
 #: and more than a little too much.
 _LOST, _LEFT, _NEARLY = 8.0, 0.6, 1.3
-#: Pictures of which more than this share is as white as before are not in other light: they are
-#: another skin tone, dots of another size, a paler heart.
+#: Pictures of which more than these shares are as white, or as black, as before are not in other
+#: light: they are another skin tone, dots of another size, a paler heart. (Black outlines stay.)
 _WHITE, _WHITE_SHARE = 250, 0.02
+_BLACK, _BLACK_SHARE = 5, 0.2
 #: Bounds of contrast and saturation within which the light may be another one.
 _LIGHT = (0.69, 1.45)
 #: For pictures in other light or without colour: share of the difference that is allowed else,
@@ -274,7 +275,9 @@ class _Look:
         if self.worst > _LIGHT_WORST * self.asked.max_difference:
             return False
         pixels = _cut(self.other, self.window, len(self.target.pixels))
-        if (np.minimum(pixels, self.target.pixels).min(axis=2) >= _WHITE).mean() > _WHITE_SHARE:
+        white = (np.minimum(pixels, self.target.pixels).min(axis=2) >= _WHITE).mean()
+        black = (np.maximum(pixels, self.target.pixels).max(axis=2) <= _BLACK).mean()
+        if white > _WHITE_SHARE or black > _BLACK_SHARE:
             return False
         return self.registers(self.other, relit=True)
 

@@ -197,6 +197,11 @@ def test_another_colour_on_the_same_white_is_not_another_light() -> None:
     assert confirmed(light, ImageEnhance.Brightness(light).enhance(0.85))
 
 
+@pytest.mark.parametrize("radius", [9, 10, 11])
+def test_dots_of_another_size_are_not_another_light(radius: int) -> None:
+    assert not confirmed(dots(radius=radius), dots(radius=radius + 1))
+
+
 def test_thin_lines_may_differ_less() -> None:
     def ring(radius: int, colour: str) -> Image.Image:
         image = Image.new("RGB", (128, 128), "white")
