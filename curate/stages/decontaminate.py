@@ -41,6 +41,7 @@ class Decontaminate(Likeness):
     """Compare every sample with pictures that must not be trained on."""
 
     name: ClassVar[str] = "decontaminate"
+    version: ClassVar[int] = 2
 
     inputs: tuple[str, ...] = execution_only(
         (),

@@ -23,7 +23,7 @@ class Likeness(Stage):
     )
     min_pixel_match: float | None = Field(
         None,
-        description="correlation of the thumbnails, after allowing for a crop, that a candidate "
+        description="correlation of the thumbnails, registered within each other, that a candidate "
         "must reach too; null: not asked",
         gt=0,
         le=1,
@@ -31,7 +31,8 @@ class Likeness(Stage):
     max_patch_difference: float | None = Field(
         None,
         description="grey levels by which a candidate's thumbnails may differ where they differ "
-        "most, over a thirteenth of a side; a different brightness counts; null: not asked",
+        "most, over a thirteenth of a side, fewer in pale ones; a turn by up to 9 degrees, missing "
+        "colour and light that changes white too are undone before; null: not asked",
         ge=0,
         le=255,
     )

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from curate.dedup.copies import GRID_PX, are_copies, pixel_matches, worst_differences
+from curate.dedup.copies import are_copies, pixel_matches, worst_differences
+from curate.dedup.registration import GRID_PX
 from curate.formats.pixels import make_thumbnail, read_thumbnail
 
 #: What the shipped pipelines ask of a copy.
@@ -155,6 +156,67 @@ def test_copies_of_series_are_found(name: str, kind: str) -> None:
         assert confirmed(one, other)
 
 
+#: Altered by more than compression. What is darker darkens its white too.
+ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "crop": lambda image: image.crop((0, 7, 116, 122)),
+    "border": lambda image: ImageOps.expand(image, 10, "navy"),
+    "turned left": lambda image: image.rotate(4, Image.Resampling.BICUBIC, fillcolor="white"),
+    "turned right": lambda image: image.rotate(-5, Image.Resampling.BICUBIC, fillcolor="white"),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.85),
+    "flatter": lambda image: ImageEnhance.Contrast(image).enhance(0.8),
+    "grey": lambda image: image.convert("L").convert("RGB"),
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kind", ALTERED)
+def test_altered_copies_are_found(seed: int, kind: str) -> None:
+    image = draw(seed)
+    copy = ALTERED[kind](image)
+    assert confirmed(image, recompressed(copy, 80))
+    assert not confirmed(draw(seed + 100), copy)
+
+
+@pytest.mark.parametrize("kind", ALTERED)
+@pytest.mark.parametrize("name", ["hand", "number", "moved dot"])
+def test_altered_others_of_a_series_are_not(name: str, kind: str) -> None:
+    image, other = SERIES[name]
+    assert not confirmed(image, ALTERED[kind](other))
+
+
+def test_another_colour_on_the_same_white_is_not_another_light() -> None:
+    def hand(colour: tuple[int, int, int]) -> Image.Image:
+        image = Image.new("RGB", (96, 96), "white")
+        ImageDraw.Draw(image).ellipse((10, 20, 80, 90), fill=colour)
+        ImageDraw.Draw(image).line((30, 40, 60, 60), fill=tuple(c // 2 for c in colour), width=4)
+        return image
+
+    light, medium = hand((224, 187, 149)), hand((191, 143, 104))
+    assert match(light, medium) > MIN_MATCH
+    assert not confirmed(light, medium)
+    assert confirmed(light, ImageEnhance.Brightness(light).enhance(0.85))
+
+
+@pytest.mark.parametrize("radius", [9, 10, 11])
+def test_dots_of_another_size_are_not_another_light(radius: int) -> None:
+    assert not confirmed(dots(radius=radius), dots(radius=radius + 1))
+
+
+def test_thin_lines_may_differ_less() -> None:
+    def ring(radius: int, colour: str) -> Image.Image:
+        image = Image.new("RGB", (128, 128), "white")
+        box = (64 - radius, 64 - radius, 64 + radius, 64 + radius)
+        ImageDraw.Draw(image).ellipse(box, outline=colour, width=2)
+        ImageDraw.Draw(image).rectangle((2, 2, 125, 125), outline=colour)
+        return image
+
+    pale, dark = ring(50, "#d8d8d8"), ring(50, "black")
+    assert not confirmed(pale, ring(53, "#d8d8d8"))
+    assert difference(pale, ring(53, "#d8d8d8")) < MAX_DIFFERENCE
+    assert confirmed(pale, pale.resize((100, 100)))
+    assert confirmed(dark, dark.resize((100, 100)))
+
+
 @pytest.mark.parametrize("name", SERIES)
 @pytest.mark.parametrize("quality", [30, 95])
 def test_others_of_a_series_are_not(name: str, quality: int) -> None:
@@ -259,5 +321,5 @@ def test_every_picture_is_read_a_bounded_number_of_times() -> None:
     pairs = [(a, b) for a in range(6) for b in range(6) if a < b]
     left, right = (np.array(ends) for ends in zip(*pairs, strict=True))
     pixel_matches(left, right, read)
-    # Once as the searched picture in either direction, once as the one searched for.
-    assert max(reads.values()) <= 3
+    # In either direction once as the searched picture, once as the one searched for.
+    assert max(reads.values()) <= 4

@@ -1,0 +1,214 @@
+"""Find one picture within another: by shift and scale, then to first order by whatever is left.
+
+The search tries windows of whole pixels of a coarse grid. A copy whose edges lie between them, or
+that is turned by a few degrees, correlates less than it could. How much it could is known without
+trying: what small moves and a small turn do to a picture is, to first order, a sum of its
+gradients, and the part of the difference that they explain is no difference.
+
+References
+----------
+Simard, LeCun & Denker, Efficient pattern recognition using a new transformation distance, NIPS
+1992.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+
+__all__ = ["GRID_PX", "Found", "find", "groups", "merge"]
+
+Array = np.ndarray[Any, Any]
+ReadImage = Callable[[int], Image.Image]
+
+#: Side of the compared window. 16 confuses series, 32 loses crops to sub-pixel shifts.
+GRID_PX = 24
+#: The other picture is scaled to these sides and searched for the window: up to 1 - 24/28 = 14 %
+#: of either side may have been cut off.
+_SEARCH_PX = (24, 25, 26, 27, 28)
+#: At these only the middle is: a border is as wide on all sides.
+_MIDDLE_PX = (30,)
+#: Standard deviation over pixels, in grey levels of the most varied channel, at and below which a
+#: picture counts as of one colour. (Channels differ from each other in any colour but grey.)
+_MIN_SPREAD = 1.0
+#: Share of a picture's own gradients added to them, so that stripes do not move along themselves.
+_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where pictures were found.
+
+    Parameters
+    ----------
+    matches : (E,) float32
+        Correlation with the best window, in [-1, 1].
+    expected : (E,) float32
+        What it may become once the window is moved and turned; at least `matches`.
+    windows : (E, 4) float64
+        Left, top, right and bottom of it, in shares of the outer picture's sides.
+    degrees : (E,) float32
+        By how much the outer picture has to be turned, counter-clockwise.
+    """
+
+    matches: Array
+    expected: Array
+    windows: Array
+    degrees: Array
+
+    def take(self, rows: Array) -> "Found":
+        """Choose pairs."""
+        return Found(*(value[rows] for value in vars(self).values()))
+
+
+def merge(chosen: Array, one: Found, other: Found) -> Found:
+    """Take pairs from `one` where `chosen` (E,), else from `other`."""
+    parts = zip(vars(one).values(), vars(other).values(), strict=True)
+    return Found(*(np.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in parts))
+
+
+def groups(names: Array) -> Iterator[tuple[int, Array]]:
+    """Each name and where it occurs."""
+    order = np.argsort(names, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(names[order]) != 0, True][: len(order) + 1])
+    for begin, end in pairwise(starts):
+        yield int(names[order[begin]]), order[begin:end]
+
+
+def find(outer: Array, inner: Array, read_image: ReadImage, least: float = -1.0) -> Found:
+    """Find each inner picture in its outer one.
+
+    Parameters
+    ----------
+    outer, inner : (E,) int
+        Pairs, as numbers that `read_image` understands.
+    read_image : callable
+        Returns the RGB thumbnail of a picture.
+    least : float
+        A lower correlation is taken for hopeless: nothing more is expected of it.
+    """
+    whole = cache(lambda name: _whole(read_image(name)))
+    matches = np.zeros(len(outer), np.float32)
+    expected, degrees = matches.copy(), matches.copy()
+    places = np.zeros(len(outer), np.intp)
+    for name, pairs in groups(outer):
+        windows, norms = _windows(read_image(name))
+        targets, aspects = (
+            np.array(parts, np.float32)
+            for parts in zip(*(whole(int(other)) for other in inner[pairs]), strict=True)
+        )
+        # The targets are centred, so that the windows need not be.
+        products = windows @ targets.T
+        found = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+        places[pairs] = found.argmax(axis=0)
+        # Rounding may leave 1.000001.
+        best = matches[pairs] = expected[pairs] = np.minimum(found.max(axis=0), 1)
+        hopeful = np.flatnonzero((best >= least) & (best > 0))
+        pairs = pairs[hopeful]
+        at = places[pairs]
+        expected[pairs], degrees[pairs] = _expect(
+            windows[at] / norms[at], targets[hopeful], aspects[hopeful], best[hopeful]
+        )
+    return Found(matches, expected, _PLACES[places], degrees)
+
+
+def _whole(image: Image.Image) -> tuple[Array, float]:
+    """(24 * 24 * 3,) float32, centred, unit norm, or zeros if of one colour; width over height."""
+    pixels = _scaled(image, GRID_PX)
+    norm = _norms(pixels)[0]
+    row = pixels.ravel()
+    centred = (row - row.mean()) / norm if norm > 0 else np.zeros_like(row)
+    return centred, image.width / image.height
+
+
+def _windows(image: Image.Image) -> tuple[Array, Array]:
+    """(W, 24 * 24 * 3) float32 and the norms (W, 1) that they have once centred."""
+    rows, norms = [], []
+    for side in (*_SEARCH_PX, *_MIDDLE_PX):
+        pixels = _scaled(image, side)
+        if side in _MIDDLE_PX:
+            start = (side - GRID_PX) // 2
+            pixels = pixels[start : start + GRID_PX, start : start + GRID_PX]
+        views = sliding_window_view(pixels, (GRID_PX, GRID_PX), axis=(0, 1))
+        rows.append(views.transpose(0, 1, 3, 4, 2).reshape(-1, GRID_PX * GRID_PX * 3))
+        norms.append(_norms(pixels))
+    return np.concatenate(rows), np.concatenate(norms)[:, None]
+
+
+def _places() -> Array:
+    """(W, 4): left, top, right and bottom of what `_windows` returns, in shares of a side."""
+    corners = [
+        (x / side, y / side, (x + GRID_PX) / side, (y + GRID_PX) / side)
+        for side in _SEARCH_PX
+        for y in range(side - GRID_PX + 1)
+        for x in range(side - GRID_PX + 1)
+    ]
+    for side in _MIDDLE_PX:
+        start = (side - GRID_PX) // 2 / side
+        end = start + GRID_PX / side
+        corners.append((start, start, end, end))
+    return np.array(corners)
+
+
+_PLACES = _places()
+
+
+def _scaled(image: Image.Image, side: int) -> Array:
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
+
+
+def _norms(pixels: Array) -> Array:
+    """Norms (W,) float32 of all windows of (side, side, 3), once centred.
+
+    0 where a window is of one colour: it has nothing to correlate and matches nothing but equal
+    bytes.
+    """
+    sums = np.zeros((len(pixels) + 1, len(pixels) + 1, 6))
+    sums[1:, 1:, :3] = pixels
+    sums[1:, 1:, 3:] = np.square(pixels)
+    sums.cumsum(axis=0, out=sums).cumsum(axis=1, out=sums)
+    k, count = GRID_PX, GRID_PX * GRID_PX
+    inside = sums[k:, k:] - sums[k:, :-k] - sums[:-k, k:] + sums[:-k, :-k]
+    first, second = inside.reshape(-1, 6)[:, :3], inside.reshape(-1, 6)[:, 3:]
+    spread = np.sqrt(np.maximum(second / count - (first / count) ** 2, 0))
+    centred = np.maximum(second.sum(1) - first.sum(1) ** 2 / (3 * count), 0)
+    return np.where(spread.max(axis=1) > _MIN_SPREAD, np.sqrt(centred), 0).astype(np.float32)
+
+
+_SHARE = ((np.arange(GRID_PX) + 0.5) / GRID_PX - 0.5).astype(np.float32)
+_X, _Y = _SHARE[None, :, None], _SHARE[:, None, None]
+
+
+def _expect(windows: Array, targets: Array, aspects: Array, matches: Array) -> tuple[Array, Array]:
+    """Correlations (P,) that moving, scaling and turning may reach, and the turns in degrees.
+
+    `windows` (P, 24 * 24 * 3) of unit norm once centred, `targets` centred too; `aspects` (P,) are
+    width over height of the targets.
+    """
+    across, down = _slopes(targets.reshape(-1, GRID_PX, GRID_PX, 3))
+    aspect = aspects[:, None, None, None]
+    turn = across * _Y / aspect - down * _X * aspect
+    tangents = np.stack([across, down, across * _X, down * _Y, turn], axis=1)
+    tangents = tangents.reshape(len(targets), 5, GRID_PX * GRID_PX * 3)
+    tangents -= tangents.mean(axis=2, keepdims=True)
+    # What is left of them beside the target itself: (P, 5, 24 * 24 * 3).
+    tangents -= (tangents @ targets[:, :, None]) * targets[:, None]
+    products = (tangents @ windows[:, :, None])[:, :, 0].astype(np.float64)
+    normal = (tangents @ tangents.transpose(0, 2, 1)).astype(np.float64)
+    ridge = _RIDGE * np.trace(normal, axis1=1, axis2=2) / 5 + 1e-9
+    normal += ridge[:, None, None] * np.eye(5)
+    moves = np.linalg.solve(normal, products[:, :, None])[:, :, 0]
+    explained = np.maximum((moves * products).sum(axis=1), 0)
+    expected = np.sqrt(np.minimum(matches.astype(np.float64) ** 2 + explained, 1))
+    return expected, np.degrees(moves[:, 4] / matches)
+
+
+def _slopes(pixels: Array) -> tuple[Array, Array]:
+    """Gradients across and down of (P, 24, 24, 3), per side."""
+    down, across = np.gradient(pixels, 1 / GRID_PX, axis=(1, 2))
+    return across.astype(np.float32), down.astype(np.float32)
