@@ -13,11 +13,13 @@ from typing import Any
 import click
 import psutil
 
+__all__ = ["watch_command"]
+
 _COMMAND = [sys.executable, "-m", "curate"]
 _SAMPLE_SECONDS = 0.2
 
 
-def _watch(arguments: list[str]) -> tuple[float, int, int]:
+def watch_command(arguments: list[str]) -> tuple[float, int, int]:
     """Run a command; return wall-seconds, peak bytes of one process, and of all together."""
     begun = time.monotonic()
     process = subprocess.Popen(
@@ -66,9 +68,9 @@ def main(pipeline: str, source: str, out: str, workers: int | None) -> None:
     arguments = ["run", pipeline, "--input", source, "--output", out]
     if workers is not None:
         arguments += ["--workers", str(workers)]
-    wall, one, together = _watch(arguments)
-    again, _, _ = _watch(arguments)
-    help_seconds, _, _ = _watch(["--help"])
+    wall, one, together = watch_command(arguments)
+    again, _, _ = watch_command(arguments)
+    help_seconds, _, _ = watch_command(["--help"])
     with open(f"{out}/run.json", encoding="utf-8") as file:
         summary = json.load(file)
     report = {

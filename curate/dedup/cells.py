@@ -19,8 +19,9 @@ Array = np.ndarray[Any, Any]
 #: Pairs that a cell may give per member before spots are looked for. With two cells visited per
 #: sample this stays under ten edges a sample.
 _PAIRS_PER_MEMBER = 4
-#: Fewer pairs than this at one picture are no spot.
-_LEAST_SPOT = 16
+#: Fewer pairs than this at one picture are no spot, nor are many of which fewer than this share are
+#: pairs of each other: comparing what is kept of them would cost their square after all.
+_LEAST_SPOT, _LEAST_DENSITY = 16, 0.25
 #: Members above which spots are looked for before all pairs are computed, and how many are asked.
 _LARGE_CELL, _ASKED = 256, 64
 #: Spots looked for among those asked, at most.
@@ -127,13 +128,16 @@ def _find_spots(
         near = other[number == centre]
         if confirm is not None:
             near = near[confirm(np.full(len(near), asked[centre]), near)]
-        if len(near) < _LEAST_SPOT:
+        inside = np.zeros(len(around), bool)
+        inside[near] = inside[asked[centre]] = True
+        covered = inside[asked[number]] & inside[other]
+        if len(near) < _LEAST_SPOT or covered.sum() < _LEAST_DENSITY * inside[asked].sum() * len(
+            near
+        ):
             dead[centre] = True
             continue
         spots.append(np.r_[asked[centre], near])
-        inside = np.zeros(len(around), bool)
-        inside[spots[-1]] = True
-        rest &= ~(inside[asked[number]] & inside[other])
+        rest &= ~covered
     return spots
 
 
@@ -147,10 +151,13 @@ def _cover(left: Array, right: Array, count: int, budget: int) -> tuple[Array, l
         if degrees[centre] < _LEAST_SPOT:
             break
         near = np.r_[right[left == centre], left[right == centre]]
-        spots.append(np.r_[centre, near])
         inside = np.zeros(count, bool)
-        inside[spots[-1]] = True
-        rest &= ~(inside[left] & inside[right])
+        inside[near] = inside[centre] = True
+        covered = inside[left] & inside[right]
+        if covered.sum() < _LEAST_DENSITY * len(near) ** 2 / 2:
+            break
+        spots.append(np.r_[centre, near])
+        rest &= ~covered
     return rest, spots
 
 

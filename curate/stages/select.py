@@ -184,14 +184,24 @@ class _Copies:
     captions: Array | None
     quota: int
 
-    def walk(self, eligible: Array, min_cosine: float = -1) -> groups.Walk:
-        """See `groups.walk`; edges below a cosine do not count."""
+    def walk(self, eligible: Array) -> groups.Walk:
+        """See `groups.walk`."""
+        return groups.walk(
+            self.order,
+            eligible,
+            *self.edges,
+            self.nodes,
+            self.byte_groups,
+            self.captions,
+            self.quota,
+            self.spots,
+        )
+
+    def stricter(self, eligible: Array, min_cosine: float) -> groups.Walk:
+        """Walk by the written edges of at least a cosine; of spots, which are not, by none."""
         near = self.edges[2] >= min_cosine
         left, right, cosines = (part[near] for part in self.edges)
-        spots = self.spots
-        if spots is not None:
-            spots = spots._replace(min_cosine=max(spots.min_cosine, min_cosine))
-        limits = (self.nodes, self.byte_groups, self.captions, self.quota, spots)
+        limits = (self.nodes, self.byte_groups, self.captions, self.quota)
         return groups.walk(self.order, eligible, left, right, cosines, *limits)
 
 
@@ -346,13 +356,21 @@ def _calibrate(room: Room, table: pa.Table, eligible: Array, limit: float) -> di
     }
 
 
-def _what_if(copies: _Copies, eligible: Array) -> list[dict[str, float]]:
-    """Tell how many samples a stricter `dedup.min_cosine` would have kept, of the same edges."""
+def _what_if(copies: _Copies, eligible: Array) -> list[dict[str, Any]]:
+    """Tell how many samples a stricter `dedup.min_cosine` would have kept, of the same edges.
+
+    Pairs within spots are not written: where there are any the number is an upper bound.
+    """
     least = copies.edges[2].min(initial=1)
-    if copies.spots is not None and len(copies.spots.rows):
+    pruned = copies.spots is not None and len(copies.spots.rows) > 0
+    if copies.spots is not None and pruned:
         least = min(least, copies.spots.min_cosine)
     return [
-        {"min_cosine": cosine, "kept": int(copies.walk(eligible, cosine).kept.sum())}
+        {
+            "min_cosine": cosine,
+            "kept": int(copies.stricter(eligible, cosine).kept.sum()),
+            **({"bound": "upper"} if pruned else {}),
+        }
         for cosine in _STRICTER
         if cosine > least
     ]
