@@ -48,10 +48,10 @@ ALLOWED = {
     "embed.pixels": "",
     "embed.thumbnails": "",
     "decontaminate": r"(sources|evaluation)\.json",
-    "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids)\.npy"
+    "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids|earlier_(uids|cosines))\.npy"
     r"|caption_(sums|counts|clusters)\.npy|(queries|reach|groups|captions|any_two_captions)\.json"
     r"|(cells|detours|visits)/\d{5}\.npy|visits/\d{5}\.offsets\.npy|spots/\d{6}\.npy"
-    rf"|edges/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",
+    rf"|(edges|earlier)/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",
     "select": r"decisions\.parquet|summary\.json",
     "write": rf"layout\.json|decisions/{SHARD}",
     "report": r"(report/)?index\.html",

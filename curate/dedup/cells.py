@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from curate.dedup.neighbors import Rows, pairs_within
+from curate.dedup.groups import label_components
+from curate.dedup.neighbors import Rows, assign_cells, pairs_within, unit_rows
 
-__all__ = ["Found", "order_cells", "search_cell"]
+__all__ = ["Found", "merge_cells", "order_cells", "search_cell"]
 
 Array = np.ndarray[Any, Any]
 
@@ -159,6 +160,46 @@ def _cover(left: Array, right: Array, count: int, budget: int) -> tuple[Array, l
         spots.append(np.r_[centre, near])
         rest &= ~covered
     return rest, spots
+
+
+def merge_cells(sample: Array, centroids: Array, min_cosine: float) -> Array:
+    """Merge cells of which most members are pairs of each other's, on average.
+
+    Centroids go where the data is, so many fall on a picture that is everywhere; each of its copies
+    would then have to visit all of these cells.
+
+    Parameters
+    ----------
+    sample : (M, D) float32, unit norm
+        What the centroids were trained on.
+    centroids : (C, D) float32, unit norm
+    min_cosine : float
+
+    Returns
+    -------
+    (K, D) float32, unit norm
+        K <= C.
+    """
+    home = assign_cells(sample, centroids, 1)[0][0]
+    sums = np.zeros_like(centroids)
+    np.add.at(sums, home, sample)
+    # Copies of one picture have this cosine to their middle; others that strayed in do not count.
+    near = (sample * centroids[home]).sum(1) >= min_cosine**0.5
+    means = np.zeros_like(centroids)
+    np.add.at(means, home[near], sample[near])
+    members, middle = (np.bincount(rows, minlength=len(centroids)) for rows in (home, home[near]))
+    means[2 * middle < members] = 0
+    means /= np.maximum(middle, 1)[:, None]
+    one, other = np.nonzero(np.triu(means @ means.T >= min_cosine, 1))
+    merged = label_components(len(centroids), one, other, np.arange(len(centroids)))
+    if len(one) == 0:
+        return centroids
+    labels, place = np.unique(merged, return_inverse=True)
+    whole = np.zeros((len(labels), centroids.shape[1]), np.float32)
+    np.add.at(whole, place, sums)
+    alone = np.bincount(place) == 1
+    whole[alone] = centroids[labels[alone]]
+    return unit_rows(whole)
 
 
 def order_cells(centroids: Array) -> Array:

@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from curate import storage
 from curate.dedup import groups
 from curate.schema import select_schema
-from curate.stages.base import Room, Step, Table, one_task, shard_tasks
+from curate.stages.base import Room, Step, Table, execution_only, one_task, shard_tasks
+from curate.stages.dedup_earlier import open_runs
 from curate.stages.dedup_inputs import (
     dedup_stage,
+    earlier_runs,
     read_edges,
     read_nodes,
     read_spots,
@@ -27,9 +29,13 @@ from curate.stages.dedup_search import (
     assign_shard,
     choose_reach,
     compare_all,
+    compare_known,
     compare_pilot,
     draw_queries,
+    known_tasks,
+    measure_known_recall,
     measure_recall,
+    read_known,
     search_part,
     search_parts,
     spread_shard,
@@ -41,6 +47,7 @@ __all__ = ["Dedup"]
 
 Array = np.ndarray[Any, Any]
 
+_COLUMNS = ("cluster_id", "cluster_size", "caption_agreement", "earlier_uid", "earlier_cosine")
 #: Pairs of a spot that are compared to tell how many there are.
 _SPOT_SAMPLE = 1000
 
@@ -68,6 +75,16 @@ class Dedup(Likeness):
         ge=1,
     )
     seed: int = Field(0, description="draws the samples for centroids and recall")
+    against: tuple[str, ...] = execution_only(
+        (),
+        "outputs of earlier runs: samples that duplicate what these kept are dropped; what those "
+        "were compared with is included",
+    )
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _wrap(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     def reads(self) -> tuple[str, ...]:
         return ("image_emb", "sha256", *(("thumbnail",) if self.asks_pixels else ()))
@@ -76,7 +93,13 @@ class Dedup(Likeness):
         return ("text_emb",)
 
     def tables(self) -> tuple[Table, ...]:
-        return (Table("dedup", ("cluster_id", "cluster_size", "caption_agreement")),)
+        return (Table("dedup", _COLUMNS),)
+
+    def sources(self) -> list[dict[str, Any]]:
+        # What an earlier run is, wherever it lies.
+        tables = ("embed.vectors", "dedup", "select")
+        runs = open_runs(self.against)
+        return [{"earlier": {table: run.tables[table] for table in tables}} for run in runs]
 
     def steps(self) -> tuple[Step, ...]:
         return (
@@ -86,6 +109,7 @@ class Dedup(Likeness):
             Step("pilot", compare_pilot, shard_tasks),
             Step("queries", draw_queries, one_task),
             Step("recall", compare_all, shard_tasks),
+            Step("known", compare_known, known_tasks),
             Step("reach", choose_reach, one_task),
             Step("spread", spread_shard, shard_tasks),
             Step("search", search_part, search_parts),
@@ -161,9 +185,32 @@ def _group(room: Room, task: str) -> dict[str, float]:
             "clusters": int((sizes > 1).sum()),
             "largest_cluster": int(sizes.max(initial=0)),
             "recall": measure_recall(room, left, right, spots),
+            **_name_earlier(room, nodes),
         },
     )
     return {"samples": total}
+
+
+def _name_earlier(room: Room, nodes: Array) -> dict[str, Any]:
+    """Commit the uid of the earlier sample that each row shows, and its cosine; count them."""
+    rows, known, cosines = read_known(room, "earlier")
+    runs, first = earlier_runs(room), shard_starts(room)[-1]
+    uids = np.full(len(nodes), b"", "S32")
+    nearness = np.full(len(nodes), np.nan, np.float32)
+    for run in runs:
+        theirs = np.flatnonzero((known >= first) & (known < first + run.starts[-1]))
+        uids[rows[theirs]] = run.uids(known[theirs] - first)
+        nearness[rows[theirs]] = cosines[theirs]
+        first += run.starts[-1]
+    storage.commit_array(room.path("earlier_uids.npy"), uids[nodes])
+    storage.commit_array(room.path("earlier_cosines.npy"), nearness[nodes])
+    if not runs:
+        return {}
+    return {
+        "against": [{"out": run.out, "dedup": run.tables["dedup"]} for run in runs],
+        "earlier": int((uids[nodes] != b"").sum()),
+        "recall_against": measure_known_recall(room, rows),
+    }
 
 
 def _describe(spots: groups.Spots, seed: int) -> dict[str, int]:
@@ -245,14 +292,15 @@ def _caption_agreement(room: Room, shard: str) -> Array:
     start = shard_starts(room)[room.shards().index(shard)]
     vectors, valid = storage.read_vectors(room.read(shard, ["text_emb"])["text_emb"])
     cluster = storage.read_array(room.path("caption_clusters.npy"))[start : start + len(vectors)]
-    others = storage.read_array(room.path("caption_counts.npy"))[cluster] - 1
-    usable = valid & np.isfinite(vectors).all(1) & vectors.any(1) & (cluster >= 0) & (others > 0)
+    usable = valid & np.isfinite(vectors).all(1) & vectors.any(1) & (cluster >= 0)
     rows = np.flatnonzero(usable)
+    others = storage.read_array(room.path("caption_counts.npy"))[cluster[rows]] - 1
+    rows, others = rows[others > 0], others[others > 0]
     agreement = np.full(len(vectors), np.nan, np.float32)
     if len(rows):
         own = unit_rows(vectors[rows])
         sums = storage.read_array(room.path("caption_sums.npy"))[cluster[rows]]
-        agreement[rows] = ((own * sums).sum(1) - 1) / others[rows]
+        agreement[rows] = ((own * sums).sum(1) - 1) / others
     return agreement.clip(-1, 1)
 
 
@@ -265,7 +313,15 @@ def _write_shard(room: Room, shard: str) -> dict[str, float]:
     agreement = (
         _caption_agreement(room, shard) if room.has("text_emb") else np.full(len(uids), np.nan)
     )
-    columns = (names, sizes, pa.array(agreement, pa.float32(), from_pandas=True))
+    earlier = storage.read_array(room.path("earlier_uids.npy"))[span].astype(str)
+    nearness = storage.read_array(room.path("earlier_cosines.npy"))[span]
+    columns = (
+        names,
+        sizes,
+        pa.array(agreement, pa.float32(), from_pandas=True),
+        pa.array(earlier, pa.string(), mask=earlier == ""),
+        pa.array(nearness, pa.float32(), from_pandas=True),
+    )
     table = uids
     for field, column in zip(select_schema(room.stage.writes()), columns, strict=True):
         table = table.append_column(field, pa.array(column, field.type))

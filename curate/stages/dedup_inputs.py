@@ -14,6 +14,7 @@ from curate.dedup import groups
 from curate.formats.pixels import read_thumbnail
 from curate.memorization.folds import hash_unit
 from curate.stages.base import Room
+from curate.stages.dedup_earlier import Earlier, locate, open_runs
 
 if TYPE_CHECKING:
     from curate.stages.dedup import Dedup
@@ -22,6 +23,7 @@ __all__ = [
     "commit_edges",
     "dedup_stage",
     "draw_vectors",
+    "earlier_runs",
     "read_edges",
     "read_nodes",
     "read_pixels",
@@ -42,6 +44,16 @@ def dedup_stage(room: Room) -> "Dedup":
 
     stage = next(stage for stage in (room.stage, *room.pipeline) if isinstance(stage, Dedup))
     return stage.without_pixels() if room.has_source_vectors() else stage
+
+
+@lru_cache(maxsize=8)
+def _open_runs(outs: tuple[str, ...]) -> list[Earlier]:
+    return open_runs(outs)
+
+
+def earlier_runs(room: Room) -> list[Earlier]:
+    """Return the runs that new samples are compared with, and those that these were."""
+    return _open_runs(dedup_stage(room).against)
 
 
 def shard_starts(room: Room) -> list[int]:
@@ -141,8 +153,8 @@ def read_spots(room: Room) -> groups.Spots:
 
 
 def thumbnail_reader(room: Room) -> Callable[[int], Image.Image]:
-    """Return a function that reads the thumbnail of a global row."""
-    starts, shards = shard_starts(room), room.shards()
+    """Return a function that reads the thumbnail of a global row, earlier runs' after the own."""
+    starts, shards, runs = shard_starts(room), room.shards(), earlier_runs(room)
 
     @lru_cache(maxsize=4)
     def shard_thumbnails(number: int) -> pa.ChunkedArray:
@@ -150,6 +162,9 @@ def thumbnail_reader(room: Room) -> Callable[[int], Image.Image]:
 
     @lru_cache(maxsize=4096)
     def read(row: int) -> Image.Image:
+        if row >= starts[-1]:
+            run, own = locate(runs, starts[-1], row)
+            return run.thumbnail(own)
         number = bisect.bisect_right(starts, row) - 1
         return read_thumbnail(shard_thumbnails(number)[row - starts[number]].as_py())
 

@@ -4,18 +4,24 @@ Only pairs whose cells are near each other are compared. Every vector is copied,
 to where it is at home and to where it visits, so that a task reads what it compares and no more.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+from PIL import Image
 
 from curate import storage
 from curate.dedup import groups
+from curate.errors import InputError
 from curate.stages.base import Room
+from curate.stages.dedup_earlier import Earlier
 from curate.stages.dedup_inputs import (
     commit_edges,
     dedup_stage,
     draw_vectors,
+    earlier_runs,
     read_edges,
     searched_vectors,
     shard_starts,
@@ -24,13 +30,20 @@ from curate.stages.dedup_inputs import (
     thumbnail_reader,
 )
 
+if TYPE_CHECKING:
+    from curate.dedup.neighbors import Rows
+
 __all__ = [
     "assign_shard",
     "choose_reach",
     "compare_all",
+    "compare_known",
     "compare_pilot",
     "draw_queries",
+    "known_tasks",
+    "measure_known_recall",
     "measure_recall",
+    "read_known",
     "search_part",
     "search_parts",
     "spread_shard",
@@ -60,10 +73,20 @@ _Z = 1.96
 
 def train_cells(room: Room, task: str) -> dict[str, float]:
     """Commit the centroids of the cells, and the queries that recall may be measured with."""
-    from curate.dedup.cells import order_cells
+    from curate.dedup.cells import merge_cells, order_cells
     from curate.dedup.neighbors import train_centroids, unit_rows
 
     total = shard_starts(room)[-1]
+    queries, rows = draw_vectors(room, _MOST_QUERIES, "recall")
+    storage.commit_array(room.path("queries.npy"), queries)
+    storage.commit_array(room.path("query_rows.npy"), rows)
+    runs = earlier_runs(room)
+    if runs:
+        # Their index is used, so that their vectors stay where they lie.
+        _check_runs(room, runs, queries.shape[1])
+        for name in ("centroids.npy", "parts.npy"):
+            storage.commit_array(room.path(name), storage.read_array(runs[0].path("dedup", name)))
+        return {}
     cells = 1 if total <= _ONE_CELL_SAMPLES else round(total**0.5)
     sample, _ = draw_vectors(room, cells * _TRAIN_PER_CELL, "centroids")
     cells = min(cells, max(1, len(sample)))
@@ -71,13 +94,40 @@ def train_cells(room: Room, task: str) -> dict[str, float]:
         centroids = np.zeros((1, max(1, sample.shape[1])), np.float32)
     else:
         # Threads would change the order of sums, and with it the centroids.
-        centroids = train_centroids(unit_rows(sample), cells, dedup_stage(room).seed, threads=1)
+        stage, rows = dedup_stage(room), unit_rows(sample)
+        centroids = train_centroids(rows, cells, stage.seed, threads=1)
+        if not stage.asks_pixels:  # else a pair by its cosine may be none
+            centroids = merge_cells(rows, centroids, stage.min_cosine)
         centroids = centroids[order_cells(centroids)]
-    queries, rows = draw_vectors(room, _MOST_QUERIES, "recall")
-    storage.commit_array(room.path("queries.npy"), queries)
-    storage.commit_array(room.path("query_rows.npy"), rows)
     storage.commit_array(room.path("centroids.npy"), centroids)
-    return {"cells": cells}
+    return {"cells": len(centroids)}
+
+
+def _check_runs(room: Room, runs: list[Earlier], width: int) -> None:
+    """Refuse earlier runs whose vectors or cells are not of one space with this run's."""
+    centroids = [storage.read_array(run.path("dedup", "centroids.npy")) for run in runs]
+    for run, theirs in zip(runs, centroids, strict=True):
+        if room.folders["dedup"] == run.path("dedup"):
+            raise InputError(
+                f"{run.out}: must not be this run's own output (dedup.against). Name another, or "
+                "write to another."
+            )
+        if theirs.shape[1] != width:
+            raise InputError(
+                f"{run.out}: must have vectors as wide as this run's, {width} (dedup.against); got "
+                f"{theirs.shape[1]}. Embed both by one encoder."
+            )
+        ours = next(stage for stage in room.pipeline if hasattr(stage, "encoder")).encoder
+        if run.encoder != ours:
+            raise InputError(
+                f"{run.out}: must be embedded by this run's encoder, {ours} (dedup.against); got "
+                f"{run.encoder}. Embed both by one encoder."
+            )
+        if not np.array_equal(theirs, centroids[0]):
+            raise InputError(
+                f"{run.out}: must share its cells with {runs[0].out} (dedup.against); it was not "
+                "compared with it. Run one of the two against the other first."
+            )
 
 
 def assign_shard(room: Room, shard: str) -> dict[str, float]:
@@ -148,6 +198,73 @@ def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[st
     return {"samples": len(vectors)}
 
 
+def known_tasks(room: Room) -> list[str]:
+    """Name the shards of earlier runs: number of the run, name of the shard."""
+    return [f"{i}-{shard}" for i, run in enumerate(earlier_runs(room)) for shard in run.shards]
+
+
+def compare_known(room: Room, task: str) -> dict[str, float]:
+    """Commit the earlier sample nearest to each query, of one shard, found by brute force."""
+    from curate.dedup.neighbors import Rows
+
+    number, shard = task.split("-")
+    run = earlier_runs(room)[int(number)]
+    count = storage.read_json(room.path("queries.json"))["queries"]
+    queries = np.asarray(storage.read_array(room.path("queries.npy"))[:count])
+    asked = np.asarray(storage.read_array(room.path("query_rows.npy"))[:count])
+    rows, vectors = run.vectors(shard)
+    first = _first_row(room, int(number))
+    own, theirs, thumbnails = Rows.of(queries), Rows.of(vectors), thumbnail_reader(room)
+    best = _nearest_known(room, asked, own, first + rows, theirs, thumbnails)
+    commit_edges(room, f"known/{task}.parquet", *best)
+    return {"samples": len(rows)}
+
+
+def _first_row(room: Room, number: int) -> int:
+    """Row from which the rows of an earlier run are counted: after this run's, and each other's."""
+    runs = earlier_runs(room)
+    return shard_starts(room)[-1] + sum(run.starts[-1] for run in runs[:number])
+
+
+def _nearest_known(
+    room: Room,
+    rows: Array,
+    own: "Rows",
+    known_rows: Array,
+    known: "Rows",
+    thumbnails: Callable[[int], Image.Image],
+) -> tuple[Array, Array, Array]:
+    """Of each of some samples the nearest earlier one that counts: rows, rows, cosines."""
+    from curate.dedup.neighbors import pairs_within
+
+    stage = dedup_stage(room)
+    most = stage.max_candidates if stage.asks_pixels else 1
+    left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
+    if len(own) and len(known):
+        found = pairs_within(own, known, stage.min_cosine, room.threads, most)
+        left, right, cosines = rows[found[0]], known_rows[found[1]], found[2]
+    confirmed = stage.confirm(left, right, thumbnails)
+    return nearest_of(left[confirmed], right[confirmed], cosines[confirmed])
+
+
+def nearest_of(left: Array, right: Array, cosines: Array) -> tuple[Array, Array, Array]:
+    """Keep the nearest pair of each left row; of equally near ones the first."""
+    order = np.lexsort((right, -cosines, left))
+    left, right, cosines = left[order], right[order], cosines[order]
+    first = np.r_[True, np.diff(left) != 0][: len(left)]
+    return left[first], right[first], cosines[first]
+
+
+def read_known(room: Room, folder: str) -> tuple[Array, Array, Array]:
+    """Return the earlier sample nearest to each row that has one, over all files of a folder."""
+    path = room.path(folder)
+    tables = [storage.read_table(storage.join(path, name)) for name in storage.list_names(path)]
+    if not tables:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    both = pa.concat_tables(tables)
+    return nearest_of(*(both[name].to_numpy() for name in ("left_row", "right_row", "cosine")))
+
+
 def choose_reach(room: Room, task: str) -> dict[str, float]:
     """Commit how long a detour pays, and which cells each task searches.
 
@@ -158,16 +275,19 @@ def choose_reach(room: Room, task: str) -> dict[str, float]:
     reach = 0.0
     if len(left):
         needed = np.minimum(*_needed_detours(room, left, right))
-        goal = 1 - (1 - dedup_stage(room).target_recall) / 2
         pairs, query = _asked_ends(room, left, right)
-        needed = needed[pairs]
-        order = np.argsort(needed, kind="stable")
         each = np.bincount(query)
-        recall = np.cumsum(1 / each[query[order]]) / len(each)
-        possible = needed[order][np.isfinite(needed[order])]
-        if len(possible):
-            enough = int(np.searchsorted(recall, goal - 1e-9))
-            reach = float(possible[min(enough, len(possible) - 1)])
+        reach = _enough(room, needed[pairs], 1 / each[query] / len(each))
+    runs = earlier_runs(room)
+    if runs:
+        left, right, _ = read_known(room, "known")
+        theirs = max(storage.read_json(run.path("dedup", "reach.json"))["reach"] for run in runs)
+        forth, back = _needed_detours(room, left, right)
+        needed = np.where(back <= theirs, 0, forth)
+        reach = max(reach, theirs, _enough(room, needed, np.full(len(left), 1 / max(1, len(left)))))
+    storage.commit_json(room.path("reach.json"), {"reach": reach})
+    if runs:
+        return {}
     homes = np.zeros(len(storage.read_array(room.path("centroids.npy"))), np.int64)
     for shard in room.shards():
         own = storage.read_array(room.path("cells", f"{shard}.npy"))[0]
@@ -178,18 +298,44 @@ def choose_reach(room: Room, task: str) -> dict[str, float]:
     middle = np.cumsum(homes) - homes / 2
     _, starts = np.unique((middle // size).astype(int), return_index=True)
     storage.commit_array(room.path("parts.npy"), np.r_[starts, len(homes)].astype(np.int64))
-    storage.commit_json(room.path("reach.json"), {"reach": reach})
     return {"parts": len(starts)}
+
+
+def _enough(room: Room, needed: Array, shares: Array) -> float:
+    """Detour that finds what has to be found of pairs that need one and make up a share each."""
+    goal = 1 - (1 - dedup_stage(room).target_recall) / 2
+    order = np.argsort(needed, kind="stable")
+    possible = needed[order][np.isfinite(needed[order])]
+    if len(possible) == 0:
+        return 0.0
+    enough = int(np.searchsorted(np.cumsum(shares[order]), goal - 1e-9))
+    return float(possible[min(enough, len(possible) - 1)])
 
 
 def _needed_detours(room: Room, left: Array, right: Array) -> tuple[Array, Array]:
     """Detour of each pair's one end to the other's home, and back; infinite if not in the list."""
     rows = np.unique(np.r_[left, right])
-    cells, detours = [], []
-    for shard, (start, end) in zip(room.shards(), pairwise(shard_starts(room)), strict=True):
-        inside = rows[(rows >= start) & (rows < end)] - start
-        cells.append(storage.read_array(room.path("cells", f"{shard}.npy"))[:, inside])
-        detours.append(storage.read_array(room.path("detours", f"{shard}.npy"))[:, inside])
+    files = [
+        (room.path("cells", f"{shard}.npy"), room.path("detours", f"{shard}.npy"), start)
+        for shard, start in zip(room.shards(), shard_starts(room), strict=False)
+    ]
+    for number, run in enumerate(earlier_runs(room)):
+        files += [
+            (
+                run.path("dedup", "cells", f"{shard}.npy"),
+                run.path("dedup", "detours", f"{shard}.npy"),
+                _first_row(room, number) + start,
+            )
+            for shard, start in zip(run.shards, run.starts, strict=False)
+        ]
+    most = dedup_stage(room).max_probes
+    cells, detours = [np.zeros((most, 0), np.int32)], [np.zeros((most, 0), np.float16)]
+    for cells_path, detours_path, start in files:
+        its_cells = storage.read_array(cells_path)
+        inside = rows[(rows >= start) & (rows < start + its_cells.shape[1])] - start
+        if len(inside):
+            cells.append(_as_high(its_cells[:, inside], most, -1))
+            detours.append(_as_high(storage.read_array(detours_path)[:, inside], most, np.inf))
     all_cells, all_detours = np.concatenate(cells, 1), np.concatenate(detours, 1)
     one, two = np.searchsorted(rows, left), np.searchsorted(rows, right)
 
@@ -198,6 +344,12 @@ def _needed_detours(room: Room, left: Array, right: Array) -> tuple[Array, Array
         return np.where(there, all_detours[:, start], np.float16(np.inf)).min(0)
 
     return way(one, two), way(two, one)
+
+
+def _as_high(columns: Array, height: int, filler: float) -> Array:
+    """Cut or fill (H, E) to (height, E)."""
+    short = max(0, height - len(columns))
+    return np.pad(columns[:height], ((0, short), (0, 0)), constant_values=filler)
 
 
 def _asked_ends(room: Room, left: Array, right: Array) -> tuple[Array, Array]:
@@ -304,6 +456,8 @@ def search_part(room: Room, task: str) -> dict[str, float]:
     confirmed = stage.confirm(low, high, thumbnails)
     edges = (low[confirmed], high[confirmed], values[confirmed])
     commit_edges(room, f"edges/{task}.parquet", *edges)
+    known = _search_earlier(room, int(task), everything, rows, cells, (first, end))
+    commit_edges(room, f"earlier/{task}.parquet", *known)
     members_of = np.zeros(sum(map(len, spots)), spot_type(vectors.shape[1]))
     members_of["spot"] = np.repeat(np.arange(len(spots)), [len(spot) for spot in spots])
     members_of["min_cosine"] = stage.min_cosine
@@ -312,6 +466,32 @@ def search_part(room: Room, task: str) -> dict[str, float]:
     storage.commit_array(room.path("spots", f"{task}.npy"), members_of)
     home = int(((cells[:, 0] >= first) & (cells[:, 0] < end)).sum())
     return {"samples": home, "candidates": len(low), "edges": int(confirmed.sum())}
+
+
+def _search_earlier(
+    room: Room, part: int, own: "Rows", rows: Array, cells: Array, bounds: tuple[int, int]
+) -> tuple[Array, Array, Array]:
+    """Find the nearest earlier sample of those that are compared in one task."""
+    from curate.dedup.neighbors import Rows
+
+    found, thumbnails = [], thumbnail_reader(room)
+    for number, run in enumerate(earlier_runs(room)):
+        first = _first_row(room, number)
+        for copies in run.visits(part):
+            theirs = Rows.of(np.ascontiguousarray(copies["vector"]))
+            for cell in range(*bounds):
+                # One of the two is at home in the cell, the other visits it or is at home too.
+                here, there = (cells == cell).any(1), (copies["cells"] == cell).any(1)
+                home, their_home = cells[:, 0] == cell, copies["cells"][:, 0] == cell
+                for one, two in ((here, their_home), (home, there & ~their_home)):
+                    ours, known = np.flatnonzero(one), np.flatnonzero(two)
+                    if len(ours) and len(known):
+                        mine = rows[ours], own.take(ours)
+                        known_ones = first + copies["row"][known], theirs.take(known)
+                        found.append(_nearest_known(room, *mine, *known_ones, thumbnails))
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    return nearest_of(*(np.concatenate(ends) for ends in zip(*found, strict=True)))
 
 
 def _join(parts: list[Array]) -> Array:
@@ -342,6 +522,20 @@ def measure_recall(room: Room, left: Array, right: Array, spots: groups.Spots) -
         "rows": len(shares),
         "recall": recall,
         "interval": _interval(recall, len(shares)),
+        "reached": recall >= dedup_stage(room).target_recall,
+    }
+
+
+def measure_known_recall(room: Room, rows: Array) -> dict[str, Any]:
+    """Tell how many queries that are copies of an earlier sample were found to be."""
+    asked, _, _ = read_known(room, "known")
+    if len(asked) == 0:
+        return {"rows": 0, "recall": None, "interval": None, "reached": True}
+    recall = float(np.isin(asked, rows).mean())
+    return {
+        "rows": len(asked),
+        "recall": recall,
+        "interval": _interval(recall, len(asked)),
         "reached": recall >= dedup_stage(room).target_recall,
     }
 

@@ -84,6 +84,7 @@ class Select(Stage):
 
     name: ClassVar[str] = "select"
 
+    require_caption: bool = Field(True, description="samples without a caption are dropped")
     min_caption_chars: int | None = Field(None, description="shorter captions are dropped", ge=1)
     max_caption_chars: int | None = Field(None, description="longer captions are dropped", ge=1)
     min_side_px: int | None = Field(None, description="smaller images are dropped", ge=1)
@@ -142,7 +143,8 @@ class Select(Stage):
 
     def wants(self) -> tuple[str, ...]:
         preferred = (column for column, _ in _PREFERENCES.values())
-        return tuple(dict.fromkeys(("cluster_id", "contaminated_by", "rarity", *preferred)))
+        found = ("cluster_id", "earlier_uid", "contaminated_by", "rarity")
+        return tuple(dict.fromkeys((*found, *preferred)))
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("select", _DECISION),)
@@ -232,7 +234,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     """Apply all rules to all samples and commit the decisions as one table."""
     stage, table = _stage(room), _load(room)
     failed: dict[str, Array] = {}
-    _source_rules(table, failed)
+    _source_rules(stage, table, failed)
     _basic_rules(stage, table, failed)
     _column_rules(stage, table, failed)
     eligible = ~np.any(list(failed.values()), axis=0) if failed else np.ones(len(table), bool)
@@ -273,11 +275,12 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     return {"samples": len(table)}
 
 
-def _source_rules(table: pa.Table, failed: dict[str, Array]) -> None:
+def _source_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
     """What ingest and embed already found."""
+    allowed = set() if stage.require_caption else {"caption_missing"}
     for column in ("ingest_reason", "decode_reason"):
         codes = table[column].to_numpy(zero_copy_only=False)
-        for code in sorted({code for code in codes if code is not None}):
+        for code in sorted({code for code in codes if code is not None} - allowed):
             failed[code] = failed.get(code, False) | (codes == code)
 
 
@@ -301,6 +304,8 @@ def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> No
 def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
     if "contaminated_by" in table.column_names:
         failed["contaminated"] = table["contaminated_by"].is_valid().to_numpy()
+    if "earlier_uid" in table.column_names:
+        failed["duplicate_earlier"] = table["earlier_uid"].is_valid().to_numpy()
     if stage.min_caption_information is not None:
         with np.errstate(invalid="ignore"):  # NaN where there is no score: `mismatched` neither
             uninformative = _numbers(table, "caption_information") < stage.min_caption_information

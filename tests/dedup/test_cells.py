@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curate.dedup.cells import order_cells, search_cell
+from curate.dedup.cells import merge_cells, order_cells, search_cell
 from curate.dedup.groups import Spots, walk
 from curate.dedup.neighbors import Rows, exact_cosines, unit_rows
 
@@ -127,6 +127,21 @@ def test_pixels_are_asked_about_the_nearest_and_about_centres() -> None:
     for spot in found.spots:
         assert (spot % 2 == 0).all()
     assert len(np.unique(np.concatenate(found.spots))) == 400
+
+
+def test_cells_on_one_picture_are_merged() -> None:
+    rng = np.random.default_rng(6)
+    others = unit_rows(rng.standard_normal((300, WIDTH)))
+    sample = np.concatenate([dense(rng, 200, 0.97), others]).astype(np.float32)
+    parts = [sample[start:200:3].mean(0) for start in range(3)]
+    centroids = unit_rows(np.concatenate([np.stack(parts), others[:20]]))
+    merged = merge_cells(sample, centroids, 0.95)
+    assert len(merged) == 21
+    nearest = (merged @ sample[:200].mean(0)).argmax()
+    assert (sample[:200] @ merged[nearest]).min() > 0.95
+    kept = (merged @ centroids[3:].T).max(0)
+    np.testing.assert_allclose(kept, 1, atol=1e-5)
+    np.testing.assert_array_equal(merge_cells(sample, centroids, 0.995), centroids)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40])

@@ -226,8 +226,8 @@ def test_the_reach_grows_until_the_recall_is_reached(
     path = room.path("reach.json")
     reach = storage.read_json(path)["reach"]
     storage.commit_json(path, {"reach": float(np.nextafter(np.float16(reach), np.float16(0)))})
-    for step in stage.steps()[7:10]:
-        for task in step.tasks(room):
+    for step in stage.steps():
+        for task in step.tasks(room) if step.name in ("spread", "search", "groups") else ():
             step.run(room, task)
     assert room.stage.facts(room)["recall"]["recall"] < 1 - (1 - target) / 2
 

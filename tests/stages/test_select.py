@@ -432,6 +432,16 @@ def test_sources_and_chance_may_decide_which_copy_stays(tmp_path: Path) -> None:
     assert len(set(drawn)) > 1
 
 
+def test_captions_need_not_be_there(tmp_path: Path) -> None:
+    rows = [sample(0), sample(1, caption=None, ingest_reason="caption_missing")]
+    rows.append(sample(2, caption=None, ingest_reason="image_missing"))
+    decisions, _ = run(tmp_path, rows)
+    assert reasons(decisions) == [None, "caption_missing", "image_missing"]
+    decisions, _ = run(tmp_path, rows, require_caption=False)
+    assert reasons(decisions) == [None, None, "image_missing"]
+    assert decisions[1]["captions"] is None
+
+
 def test_a_caption_may_be_capped(tmp_path: Path) -> None:
     captions = ["Icon", " icon", "ICON", "icon", "a dog", None]
     rows = [sample(i, caption=c, width=100 - i) for i, c in enumerate(captions)]
