@@ -48,7 +48,8 @@ ALLOWED = {
     "embed.pixels": "",
     "embed.thumbnails": "",
     "decontaminate": r"(sources|evaluation)\.json",
-    "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids|earlier_(uids|cosines))\.npy"
+    "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids)\.npy"
+    r"|earlier_(uids|cosines)\.npy"
     r"|caption_(sums|counts|clusters)\.npy|(queries|reach|groups|captions|any_two_captions)\.json"
     r"|(cells|detours|visits)/\d{5}\.npy|visits/\d{5}\.offsets\.npy|spots/\d{6}\.npy"
     rf"|(edges|earlier)/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",

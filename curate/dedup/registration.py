@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-__all__ = ["GRID_PX", "Found", "find", "groups", "merge"]
+__all__ = ["GRID_PX", "Found", "ReadImage", "find", "groups", "merge"]
 
 Array = np.ndarray[Any, Any]
 ReadImage = Callable[[int], Image.Image]

@@ -244,10 +244,10 @@ def _nearest_known(
         found = pairs_within(own, known, stage.min_cosine, room.threads, most)
         left, right, cosines = rows[found[0]], known_rows[found[1]], found[2]
     confirmed = stage.confirm(left, right, thumbnails)
-    return nearest_of(left[confirmed], right[confirmed], cosines[confirmed])
+    return _nearest_of(left[confirmed], right[confirmed], cosines[confirmed])
 
 
-def nearest_of(left: Array, right: Array, cosines: Array) -> tuple[Array, Array, Array]:
+def _nearest_of(left: Array, right: Array, cosines: Array) -> tuple[Array, Array, Array]:
     """Keep the nearest pair of each left row; of equally near ones the first."""
     order = np.lexsort((right, -cosines, left))
     left, right, cosines = left[order], right[order], cosines[order]
@@ -262,7 +262,7 @@ def read_known(room: Room, folder: str) -> tuple[Array, Array, Array]:
     if not tables:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     both = pa.concat_tables(tables)
-    return nearest_of(*(both[name].to_numpy() for name in ("left_row", "right_row", "cosine")))
+    return _nearest_of(*(both[name].to_numpy() for name in ("left_row", "right_row", "cosine")))
 
 
 def choose_reach(room: Room, task: str) -> dict[str, float]:
@@ -491,7 +491,7 @@ def _search_earlier(
                         found.append(_nearest_known(room, *mine, *known_ones, thumbnails))
     if not found:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return nearest_of(*(np.concatenate(ends) for ends in zip(*found, strict=True)))
+    return _nearest_of(*(np.concatenate(ends) for ends in zip(*found, strict=True)))
 
 
 def _join(parts: list[Array]) -> Array:
