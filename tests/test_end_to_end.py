@@ -284,7 +284,8 @@ def test_report_numbers_equal_the_decisions(full: Run) -> None:
     assert [int(number.replace(",", "")) for number in numbers[: len(expected)]] == expected
     rows = {row["uid"]: row for row in full.rows().values()}
     shown = read_report(full.out)["samples"]
-    assert 100 < len(shown) < 400
+    assert 600 < len(shown) < 1004
+    assert 500 < len(read_report(full.out)["map"]) <= 600
     for sample in shown:
         row = rows[sample["uid"]]
         assert (sample["keep"], sample.get("reason")) == (row["keep"], row["reason"])

@@ -147,7 +147,9 @@ def draw_density(column: str, low: float, high: float, counts: Sequence[Sequence
     marks = _mark_across([(0, 0.0), (0.5, 0.5), (1, 1.0)])
     marks += _mark_up([(low, 0), ((low + high) / 2, 0.5), (high, 1)], "{:.2g}")
     return _frame(
-        f"{column} against rarity", "the stronger the colour, the more samples", "".join(squares) + marks
+        f"{column} against rarity",
+        "the stronger the colour, the more samples",
+        "".join(squares) + marks,
     )
 
 

@@ -150,6 +150,7 @@ def render_data(
     scores: Sequence[str],
     galleries: Sequence[Gallery],
     curve: dict[str, Any] | None,
+    places: dict[str, Any] | None = None,
 ) -> bytes:
     """Return the data file: a script that does nothing but assign one value.
 
@@ -164,6 +165,8 @@ def render_data(
     galleries : sequence of Gallery
     curve : dict, optional
         `points`, `current` and `ladder` (uids).
+    places : dict, optional
+        `points` of the map: uid, across and down in [0, 1].
     """
     place = {uid: number for number, uid in enumerate(rows)}
     value = {
@@ -183,6 +186,7 @@ def render_data(
             }
             for gallery in galleries
         ],
+        "map": places and [[place[uid], x, y] for uid, x, y in places["points"]],
         "curve": curve and {**curve, "ladder": [place[uid] for uid in curve["ladder"]]},
     }
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -222,6 +226,7 @@ def render_page(
     charts: Sequence[Chart],
     curve: dict[str, Any] | None,
     density: dict[str, Any] | None,
+    places: dict[str, Any] | None = None,
 ) -> bytes:
     """Return the page's HTML.
 
@@ -233,15 +238,19 @@ def render_page(
         `points` and `current`, see `report_curves.trade_off`.
     density : dict, optional
         `column`, `low`, `high` and `counts` over rarity (rows) and that column.
+    places : dict, optional
+        `points` and `share` of the map.
     """
     body = [
         _render_head(overview),
         _render_galleries(),
         _render_threshold(curve, overview),
         _render_curves(charts, overview, density),
+        _render_map(places),
         _render_run(overview),
     ]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in _SECTIONS)
+    sections = [one for one in _SECTIONS if one[0] != "map" or places is not None]
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in sections)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>curate report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -262,6 +271,7 @@ _SECTIONS = (
     ("galleries", "Galleries"),
     ("threshold", "Threshold"),
     ("curves", "Curves"),
+    ("map", "Map"),
     ("run", "Run"),
 )
 
@@ -387,6 +397,23 @@ def _render_curves(
     return (
         f'<section id="curves"><h2>Curves</h2>{legend if charts else ""}'
         f'<div class="charts">{"".join(parts)}</div></section>'
+    )
+
+
+def _render_map(places: dict[str, Any] | None) -> str:
+    if places is None:
+        return ""
+    number = len(places["points"])
+    return (
+        f'<section id="map"><h2>Map</h2><p>{number:,} samples at random, by the two principal '
+        "components (PCA) of their image vectors, which hold "
+        f"{places['share']:.0%} of the variance: what lies far apart differs, what lies together "
+        "need not be alike. Point at a dot, or move with the arrow keys.</p>"
+        '<p class="legend"><span class="key dot kept">kept</span> '
+        '<span class="key dot dropped">dropped</span></p>'
+        '<div class="plane"><svg id="plane" viewBox="0 0 360 270" tabindex="0" role="application" '
+        'aria-label="Map of samples; left and right arrow keys move between them"></svg>'
+        '<div id="here" aria-live="polite"></div></div></section>'
     )
 
 

@@ -195,6 +195,58 @@
     );
   });
 
+  // The map: circles for the kept, diamonds for the dropped.
+  function drawMap() {
+    const NAMESPACE = "http://www.w3.org/2000/svg";
+    const plane = find("plane");
+    const points = [...data.map].sort((one, other) => one[1] - other[1]);
+    const marks = points.map(([item, x, y]) => {
+      const keep = data.samples[item].keep;
+      const mark = document.createElementNS(NAMESPACE, keep ? "circle" : "path");
+      const left = 8 + x * 344;
+      const top = 8 + y * 254;
+      if (keep) {
+        mark.setAttribute("cx", left);
+        mark.setAttribute("cy", top);
+        mark.setAttribute("r", 2.6);
+      } else mark.setAttribute("d", `M${left} ${top - 3.6}l3.6 3.6l-3.6 3.6l-3.6-3.6z`);
+      mark.setAttribute("class", keep ? "dot kept" : "dot dropped");
+      return mark;
+    });
+    plane.append(...marks);
+    let at = -1;
+    function go(next) {
+      const place = Math.max(0, Math.min(points.length - 1, next));
+      if (place === at) return;
+      if (at >= 0) marks[at].classList.remove("at");
+      at = place;
+      marks[at].classList.add("at");
+      plane.append(marks[at]);
+      find("here").replaceChildren(card(data.samples[points[at][0]]));
+    }
+    // The nearest dot to the pointer: dots are too small to hit with a finger.
+    plane.addEventListener("pointermove", (event) => {
+      const box = plane.getBoundingClientRect();
+      const x = ((event.clientX - box.left) / box.width) * 360 - 8;
+      const y = ((event.clientY - box.top) / box.height) * 270 - 8;
+      let best = 0;
+      let least = Infinity;
+      points.forEach(([, right, down], number) => {
+        const distance = (right * 344 - x) ** 2 + (down * 254 - y) ** 2;
+        if (distance < least) [best, least] = [number, distance];
+      });
+      go(best);
+    });
+    plane.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      go(at + step);
+    });
+    go(Math.floor(points.length / 2));
+  }
+  if (data.map) drawMap();
+
   // The slider.
   const curve = data.curve;
   if (!curve) return;

@@ -35,7 +35,7 @@ class Report(Stage):
         return (*SHOWN, "thumbnail")
 
     def wants(self) -> tuple[str, ...]:
-        return FURTHER
+        return (*FURTHER, "image_emb")
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("report", ()),)
@@ -117,8 +117,10 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
         }
     files = {
         **read_assets(),
-        "data.js": render_data(drawn.rows, pictures, SCORES, drawn.galleries, curve),
-        "index.html": render_page(_overview(drawn, run), drawn.charts, curve, drawn.density),
+        "data.js": render_data(drawn.rows, pictures, SCORES, drawn.galleries, curve, drawn.places),
+        "index.html": render_page(
+            _overview(drawn, run), drawn.charts, curve, drawn.density, drawn.places
+        ),
     }
     for name, data in files.items():
         storage.commit_bytes(storage.join(target, name), data)

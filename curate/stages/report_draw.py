@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curate import storage
 from curate.memorization.folds import hash_unit
 from curate.report.page import Chart, Gallery, Group
 from curate.schema import COLUMNS, REASONS, public_columns
@@ -23,6 +24,7 @@ from curate.stages.report_curves import (
     join_judged,
     judge,
     numbers,
+    project,
     trade_off,
 )
 from curate.stages.score_inputs import read_phantoms
@@ -56,6 +58,8 @@ _CLUSTER_MEMBERS = 8
 _CLUSTER_KEPT = 3
 #: Samples along the slider: at 8 a side, one in ten is new with every stop.
 _LADDER = 160
+#: Samples on the map.
+_MAPPED = 600
 #: Least width of a histogram.
 _LEAST_SPAN = 0.01
 #: Rows held for curves and for the search of repeated captions.
@@ -116,6 +120,8 @@ class Drawn:
     density : dict or None
         Counts over rarity and memorization.
     warnings : list of str
+    places : dict or None
+        `points` (uid, across, down) of a random draw and the `share` of variance they show.
     """
 
     totals: dict[str | None, int]
@@ -127,6 +133,7 @@ class Drawn:
     ladder: list[str]
     density: dict[str, Any] | None
     warnings: list[str]
+    places: dict[str, Any] | None = None
 
 
 class _Pass:
@@ -141,6 +148,7 @@ class _Pass:
         self.limit: float = mismatch.get("max_probability", np.inf)
         self.by_reason: dict[str | None, _Best] = {}
         self.best = {name: _Best(min(count, _MOST_PICKED)) for name in _PICKED}
+        self.mapped = _Best(_MAPPED)
         self.clusters: dict[str, int] = {}
         self.ranges: dict[str, tuple[float, float]] = {}
         self.captions: Counter[str] = Counter()
@@ -160,6 +168,8 @@ class _Pass:
             best = self.by_reason.setdefault(reason, _Best(self.count))
             mask = kept if reason is None else reasons == reason
             best.add(table, ranks, ranks, mask)
+        if self.room.has("image_emb"):
+            self.mapped.add(table, ranks, ranks, ~np.isnan(numbers(table, "width")))
         self._pick(table, ranks, kept)
         self._find_clusters(table)
         self._judge(table)
@@ -252,14 +262,39 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
     found = _second_pass(first, ladder)
     galleries, rows = _hang(first, found)
     rows.update({uid: found.rows[uid] for uid in ladder if uid not in rows})
+    places = _map(first)
+    if places is not None:
+        mapped = {row["uid"]: row for row in first.mapped.samples()}
+        rows.update({uid: mapped[uid] for uid, _, _ in places["points"] if uid not in rows})
     others = {row["representative_uid"] for row in rows.values()} - {None, *rows}
     _fetch(first, others - found.rows.keys(), found.rows)
     rows.update({uid: found.rows[uid] for uid in sorted(others) if uid in found.rows})
     totals = {reason: best.total for reason, best in first.by_reason.items()}
     return Drawn(
         totals, galleries, rows, found.charts, curve, rate, ladder, found.density,
-        _warn(first, totals),
+        _warn(first, totals), places,
     )  # fmt: skip
+
+
+def _map(first: _Pass) -> dict[str, Any] | None:
+    """Lay a random draw of pictures on a plane."""
+    wanted = pa.array([row["uid"] for row in first.mapped.samples()], pa.string())
+    if len(wanted) < 3:
+        return None
+    found: dict[str, Array] = {}
+    for shard in first.room.shards():
+        table = first.room.read(shard, ["image_emb"])
+        hits = table.filter(pc.is_in(table["uid"], value_set=wanted))
+        vectors, valid = storage.read_vectors(hits["image_emb"])
+        valid &= np.isfinite(vectors).all(axis=1)
+        names = np.array(hits["uid"].to_pylist(), object)
+        found.update(zip(names[valid].tolist(), vectors[valid], strict=True))
+    uids = [uid for uid in wanted.to_pylist() if uid in found]
+    if len(uids) < 3 or len(found[uids[0]]) < 2:
+        return None
+    places, share = project(np.stack([found[uid] for uid in uids]))
+    points = [(uid, x, y) for uid, (x, y) in zip(uids, places.tolist(), strict=True)]
+    return {"points": points, "share": share}
 
 
 def _phantoms(room: Room) -> dict[str, Array]:

@@ -168,7 +168,7 @@ def test_an_empty_run_has_a_page() -> None:
     found = read(render_page(Overview((), 0, 0), [], None, None))
     assert "0 of 0 samples" in found.text
     assert load(render_data({}, {}, (), [], None)) == {
-        "samples": [], "galleries": [], "curve": None,
+        "samples": [], "galleries": [], "map": None, "curve": None,
     }  # fmt: skip
 
 
