@@ -147,6 +147,7 @@ def _advise(run: _Run, row: dict[str, Any], code: str) -> str:
 
 _OTHERWISE = {
     "too_many_pixels": "a larger embed.max_pixels",
+    "duplicate_earlier": "another list of dedup.against",
     "contaminated": "another list of decontaminate.inputs",
     "outside_threshold": "other bounds in select.thresholds",
     "outside_fraction": "a larger select.keep_fraction",
@@ -211,6 +212,7 @@ def describe_sample(found: dict[str, Any], out: str) -> str:
         ("sha256", found["source"].get("sha256")),
         ("weight", f"{found['weight']:.4g}" if found["keep"] else None),
         ("shows", found["contaminated_by"] and _line(found["contaminated_by"])),
+        ("copy of", found["earlier_uid"] and f"{found['earlier_uid']} of an earlier run"),
         ("memorized", found["memorization_kind"]),
     ]
     lines = [f"{name:<11}{value}" for name, value in rows if value is not None]

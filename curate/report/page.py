@@ -216,6 +216,7 @@ def _sample(
         "like": representative,
         "merged": [clean_text(text, _SHOWN_CHARS) for text in (row["captions"] or [])[1:6]],
         "kind": row.get("memorization_kind"),
+        "earlier": row.get("earlier_uid"),
         "shows": row.get("contaminated_by") and clean_text(row["contaminated_by"], _NAME_CHARS),
     }
     return {name: value for name, value in found.items() if value not in (None, [])}

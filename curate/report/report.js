@@ -86,6 +86,7 @@
       ["file", sample.file],
       ["size", sample.size ? `${sample.size[0]} × ${sample.size[1]} px` : null],
       ["failed", (sample.failed || []).join(", ") || null],
+      ["copy of", sample.earlier ? `${sample.earlier} of an earlier run` : null],
       ["shows", sample.shows],
       ["weight", sample.weight],
       ...scores.map(([name, value]) => [name, value.toString()]),

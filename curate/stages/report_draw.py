@@ -46,7 +46,7 @@ SCORES = tuple(
 )
 #: Columns that some have.
 FURTHER = (
-    "cluster_id", "cluster_size", "contaminated_by", "memorization_kind",
+    "cluster_id", "cluster_size", "contaminated_by", "earlier_uid", "memorization_kind",
     *(name for name in SCORES if name not in SHOWN),
 )  # fmt: skip
 

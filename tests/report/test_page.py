@@ -137,7 +137,8 @@ def test_the_page_may_load_nothing_but_its_own_files() -> None:
     links = [a[name] for _, a in found.tags for name in ("src", "href") if a.get(name)]
     assert {link for link in links if not link.startswith("#")} == {*read_assets(), "data.js"}
     for asset in read_assets().values():
-        assert b"http" not in asset
+        # The one address is the name of the SVG elements that the script makes.
+        assert b"http" not in asset.replace(b"http://www.w3.org/2000/svg", b"")
         assert b"innerHTML" not in asset
         assert b"eval(" not in asset
 

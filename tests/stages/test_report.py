@@ -291,7 +291,7 @@ def test_the_map_is_the_plane_of_most_variance() -> None:
     assert places.min() == 0
     assert places.max() == 1
     for number in range(2):
-        assert abs(np.corrcoef(places[:, number], plane[:, number])[0, 1]) > 0.99
+        assert abs(np.corrcoef(places[:, number], plane[:, number])[0, 1]) > 0.95
     again, _ = project(vectors.astype(np.float16))
     assert np.array_equal(places, again)
     nothing, share = project(np.ones((4, 3)))
