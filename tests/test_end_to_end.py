@@ -308,9 +308,9 @@ def test_report_written_anew_is_the_same(full: Run, tmp_path: Path) -> None:
 def test_show_tells_what_became_of_a_sample(full: Run) -> None:
     rows = full.rows()
     twin = next(row for row in rows.values() if row["reason"] == "duplicate_perceptual")
-    silent = next(row for row in rows.values() if row["reason"] == "caption_missing")
-    found = json.loads(succeed("show", full.out, twin["uid"], silent["uid"][:9], "--json").stdout)
-    for sample, row in zip(found, (twin, silent), strict=True):
+    broken = next(row for row in rows.values() if row["reason"] == "decode_error")
+    found = json.loads(succeed("show", full.out, twin["uid"], broken["uid"][:9], "--json").stdout)
+    for sample, row in zip(found, (twin, broken), strict=True):
         assert {name: sample[name] for name in row} == row
         assert sample["source"]["file"] == row["source_file"]
         assert [rule["code"] for rule in sample["rules"]] == row["failed_rules"]
