@@ -174,6 +174,49 @@ def columns(as_json: bool, markdown: bool) -> None:
 
 @main.command()
 @click.argument("out")
+@click.argument("uids", nargs=-1, required=True, metavar="UID...")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def show(out: str, uids: tuple[str, ...], as_json: bool) -> None:
+    """Tell everything about samples of a finished run.
+
+    Where they came from, why they were dropped, what would have kept them, and their copies. UID
+    may be cut after six digits.
+    """
+    from curate.engine.show import describe_sample, show_samples
+
+    found = show_samples(out, uids)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo("\n\n".join(describe_sample(sample, out) for sample in found))
+
+
+@main.command()
+@click.argument("out")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json.")
+def stats(out: str, as_json: bool) -> None:
+    """Print counts, seconds and figures of a finished run."""
+    from curate.engine.finished import read_finished
+    from curate.engine.summary import describe_run
+
+    summary = read_finished(out)
+    click.echo(json.dumps(summary, indent=2) if as_json else describe_run(summary, out))
+
+
+@main.command()
+@click.argument("out")
+def report(out: str) -> None:
+    """Write OUT/report anew from a finished run."""
+    from curate.engine.finished import read_finished, rebuild_report
+    from curate.engine.runner import lock_output
+
+    read_finished(out)  # before anything of OUT is touched
+    with lock_output(out):
+        click.echo(rebuild_report(out))
+
+
+@main.command()
+@click.argument("out")
 def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""
     from curate.engine import runner

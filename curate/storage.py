@@ -40,6 +40,7 @@ __all__ = [
     "is_local",
     "join",
     "join_aligned",
+    "list_columns",
     "list_names",
     "make_folder",
     "mirror",
@@ -312,6 +313,19 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=wanted, memory_map=True, partitioning=None)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=wanted)
+
+
+def list_columns(url: str) -> list[str]:
+    """Return the names of a Parquet file's columns.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    fs, path = filesystem(url)
+    with fs.open(path, "rb") as file:
+        names: list[str] = pq.read_schema(file).names
+    return names
 
 
 def vector_column(vectors: np.ndarray[Any, Any], valid: np.ndarray[Any, Any]) -> pa.Array:

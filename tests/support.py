@@ -145,6 +145,15 @@ def read_summary(out: Path) -> dict[str, Any]:
     return found
 
 
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the samples, galleries and curve that the report's page shows."""
+    text = (out / "report/data.js").read_text(encoding="utf-8")
+    head, _, value = text.partition("window.curateReport = ")
+    assert head == '"use strict";\n'
+    found: dict[str, Any] = json.loads(value.rstrip().removesuffix(";"))
+    return found
+
+
 def list_tree(out: Path) -> set[str]:
     """Return the names of all files below a folder."""
     return {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}

@@ -18,8 +18,11 @@ from tests.support import (
     SAMPLE,
     TIMEOUT_SECONDS,
     assert_sound,
+    curate,
     list_tree,
+    only_error,
     read_decisions,
+    read_report,
     read_shards,
     read_summary,
     sample_pairs,
@@ -55,7 +58,7 @@ ALLOWED = {
     rf"|(edges|earlier)/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",
     "select": r"decisions\.parquet|summary\.json",
     "write": rf"layout\.json|decisions/{SHARD}",
-    "report": r"(report/)?index\.html",
+    "report": r"(report/)?(index\.html|report\.(js|css)|data\.js|thumbnails/\d{4}\.webp)",
 }
 IN_EVERY_STAGE = rf"manifest\.json|origin\.json|done/[a-z]+/[0-9a-z-]+\.json|shards/{SHARD}"
 
@@ -271,6 +274,86 @@ def test_webdataset_holds_the_kept(changed: Run) -> None:
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == 3 * len(rows)
     assert uids == list(rows)
+
+
+def test_report_numbers_equal_the_decisions(full: Run) -> None:
+    page = (full.out / "report/index.html").read_text("utf-8")
+    counts = read_summary(full.out)["counts"]
+    numbers = re.findall(r'<td class="number">−?([\d,]+)</td>', page)
+    expected = [counts["ingested"], *counts["dropped"].values(), counts["kept"]]
+    assert [int(number.replace(",", "")) for number in numbers[: len(expected)]] == expected
+    rows = {row["uid"]: row for row in full.rows().values()}
+    shown = read_report(full.out)["samples"]
+    assert 600 < len(shown) < 1004
+    assert 500 < len(read_report(full.out)["map"]) <= 600
+    for sample in shown:
+        row = rows[sample["uid"]]
+        assert (sample["keep"], sample.get("reason")) == (row["keep"], row["reason"])
+        assert sample.get("caption") == row["caption"] or len(row["caption"]) > 240
+        assert ("picture" in sample) == (row["reason"] != "decode_error")
+        if "picture" in sample:
+            assert (full.out / "report" / sample["picture"]).stat().st_size > 0
+
+
+def test_report_written_anew_is_the_same(full: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(full.out, out)
+    before = {name: (out / name).read_bytes() for name in list_tree(out) - {".lock"}}
+    shutil.rmtree(out / "report")
+    assert succeed("report", out).stdout == f"{out}/report/index.html\n"
+    assert {name: (out / name).read_bytes() for name in list_tree(out) - {".lock"}} == before
+    assert "Nothing to do" in succeed("run", *arguments(out)).stdout
+
+
+def test_show_tells_what_became_of_a_sample(full: Run) -> None:
+    rows = full.rows()
+    twin = next(row for row in rows.values() if row["reason"] == "duplicate_perceptual")
+    broken = next(row for row in rows.values() if row["reason"] == "decode_error")
+    found = json.loads(succeed("show", full.out, twin["uid"], broken["uid"][:9], "--json").stdout)
+    for sample, row in zip(found, (twin, broken), strict=True):
+        assert {name: sample[name] for name in row} == row
+        assert sample["source"]["file"] == row["source_file"]
+        assert [rule["code"] for rule in sample["rules"]] == row["failed_rules"]
+        assert len(sample["what_would_keep_it"]) == len(row["failed_rules"])
+    members = [row["uid"] for row in rows.values() if row["cluster_id"] == twin["cluster_id"]]
+    assert found[0]["cluster"][0]["uid"] == twin["representative_uid"]
+    assert sorted(member["uid"] for member in found[0]["cluster"]) == sorted(members)
+    text = succeed("show", full.out, twin["uid"]).stdout
+    assert "dropped: duplicate_perceptual" in text
+    assert f"{twin['representative_uid']}  kept" in text
+    assert "--set dedup.min_cosine=" in text
+
+
+@pytest.mark.parametrize(
+    ("uid", "told"), [("abc", "got 3 digits"), ("\x1b[2J" + "z" * 32, "names 0 samples")]
+)
+def test_show_of_no_sample_is_one_line(full: Run, uid: str, told: str) -> None:
+    done = curate("show", full.out, uid)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told in only_error(done.stderr)
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show", "OUT", "a" * 32], ["stats", "OUT"], ["report", "OUT"]]
+)
+def test_what_asks_for_a_finished_run_says_so(tmp_path: Path, arguments: list[str]) -> None:
+    done = curate(*(str(tmp_path) if one == "OUT" else one for one in arguments))
+    assert done.returncode == 2
+    assert "must hold a finished run" in only_error(done.stderr)
+    assert list_tree(tmp_path) == set()
+
+
+def test_stats_are_those_of_the_run(full: Run) -> None:
+    assert succeed("stats", full.out).stdout == full.stdout
+    assert json.loads(succeed("stats", full.out, "--json").stdout) == read_summary(full.out)
+
+
+def test_help_fits_a_screen() -> None:
+    lines = succeed("--help").stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
 
 
 def test_clean_removes_only_what_is_unused(full: Run, changed: Run, tmp_path: Path) -> None:

@@ -1,117 +1,452 @@
-"""One self-contained HTML page: no script, no network, captions escaped, pictures inside."""
+"""A static page that opens from disk: HTML for the figures, a data file for the samples.
 
-import base64
+Captions and keys are whatever the web held. They reach the page as JSON, with everything escaped
+that could end a script, and from there as text nodes; the page's policy runs its own file alone.
+"""
+
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import resources
+from typing import Any
 
-__all__ = ["Gallery", "Picture", "render_page"]
+from curate.report.charts import draw_bars, draw_density, draw_histogram, draw_lines, draw_steps
+
+__all__ = [
+    "Chart",
+    "Gallery",
+    "Group",
+    "Overview",
+    "clean_text",
+    "read_assets",
+    "render_data",
+    "render_page",
+]
 
 #: Characters of a caption that are shown; the whole is in `decisions`.
-_SHOWN_CHARS = 160
+_SHOWN_CHARS = 240
+_NAME_CHARS = 160
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; }
-body { padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem 1.2rem .15rem 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.gallery { display: grid; gap: .8rem; }
-.gallery { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-figure { margin: 0; padding: .5rem; border: 1px solid var(--line); border-radius: .4rem; }
-figure .row { display: flex; gap: .4rem; justify-content: center; min-height: 128px; }
-figure img { max-width: 100%; object-fit: contain; background: #fff; min-width: 0; }
-figcaption { font-size: .8rem; overflow-wrap: anywhere; margin-top: .4rem; }
-figcaption small { display: block; opacity: .75; } p { max-width: 44rem; }
-.none { display: grid; place-items: center; width: 128px; background: var(--soft); }
-"""
+#: Nothing on this page may load or run anything else, whatever a caption says.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'"
+)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One sample of a gallery.
+class Group:
+    """Part of a gallery.
 
     Parameters
     ----------
-    uid : str
-    thumbnail : bytes or None
-        WebP; None where the image could not be decoded.
-    caption : str or None
-    notes : tuple of str
-        Facts shown under the caption.
-    beside : bytes or None
-        Thumbnail of the sample that this one duplicates.
+    label : str
+        "" where the gallery has but one.
+    total : int
+        Samples of the kind; those shown may be fewer.
+    uids : tuple of str
     """
 
-    uid: str
-    thumbnail: bytes | None
-    caption: str | None
-    notes: tuple[str, ...] = ()
-    beside: bytes | None = None
+    label: str
+    total: int
+    uids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under a heading, out of `total` of their kind."""
+    """Samples of one kind under a heading."""
 
+    name: str
     title: str
     meaning: str
-    total: int
-    pictures: tuple[Picture, ...]
+    groups: tuple[Group, ...]
 
 
-def render_page(counts: Sequence[tuple[str, int]], galleries: Sequence[Gallery]) -> str:
+@dataclass(frozen=True)
+class Chart:
+    """Histogram of a score: counts of kept and dropped in equal parts of [low, high]."""
+
+    name: str
+    low: float
+    high: float
+    kept: list[int]
+    dropped: list[int]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The figures of a run.
+
+    Parameters
+    ----------
+    counts : tuple of (str, int, str)
+        Dropped samples by reason, with its meaning.
+    ingested, kept : int
+    tiles : tuple of (str, str, str)
+        Figure, what it is, what stands behind it.
+    warnings : tuple of str
+    times : tuple of (str, float, float)
+        Stage, wall seconds, samples.
+    parameters : tuple of (str, str)
+    versions : tuple of (str, str)
+    what_if : tuple of (float, int)
+        Cosine and samples that would have been kept, the run's own first.
+    what_if_bound : bool
+        Whether these are upper bounds.
+    """
+
+    counts: tuple[tuple[str, int, str], ...]
+    ingested: int
+    kept: int
+    tiles: tuple[tuple[str, str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    times: tuple[tuple[str, float, float], ...] = ()
+    parameters: tuple[tuple[str, str], ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+    what_if: tuple[tuple[float, int], ...] = ()
+    what_if_bound: bool = False
+
+
+def read_assets() -> dict[str, bytes]:
+    """Return the page's own script and style by file name."""
+    folder = resources.files("curate.report")
+    return {name: (folder / name).read_bytes() for name in ("report.js", "report.css")}
+
+
+def clean_text(text: str, most: int | None = None) -> str:
+    """Make control characters visible, and cut.
+
+    A NUL, an escape or a mark that turns the writing direction round would not be seen, and would
+    change how what stands beside it looks. Marks within right-to-left text are left alone.
+
+    Parameters
+    ----------
+    text : str
+    most : int, optional
+        Characters to keep.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[:most]} … ({len(text):,} characters)"
+    return "".join(map(_show_character, text))
+
+
+def _show_character(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t":
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    if 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
+        return f"[U+{code:04X}]"
+    return "\ufffd" if 0xD800 <= code < 0xE000 else character
+
+
+def render_data(
+    rows: dict[str, dict[str, Any]],
+    pictures: dict[str, str],
+    scores: Sequence[str],
+    galleries: Sequence[Gallery],
+    curve: dict[str, Any] | None,
+    places: dict[str, Any] | None = None,
+) -> bytes:
+    """Return the data file: a script that does nothing but assign one value.
+
+    Parameters
+    ----------
+    rows : dict
+        Columns of the shown samples by uid.
+    pictures : dict
+        Path of a sample's thumbnail, relative to the page.
+    scores : sequence of str
+        Columns shown as numbers.
+    galleries : sequence of Gallery
+    curve : dict, optional
+        `points`, `current` and `ladder` (uids).
+    places : dict, optional
+        `points` of the map: uid, across and down in [0, 1].
+    """
+    place = {uid: number for number, uid in enumerate(rows)}
+    value = {
+        "samples": [
+            _sample(row, pictures.get(uid), place.get(row["representative_uid"] or ""), scores)
+            for uid, row in rows.items()
+        ],
+        "galleries": [
+            {
+                "name": gallery.name,
+                "title": gallery.title,
+                "meaning": gallery.meaning,
+                "groups": [
+                    {"label": g.label, "total": g.total, "items": [place[u] for u in g.uids]}
+                    for g in gallery.groups
+                ],
+            }
+            for gallery in galleries
+        ],
+        "map": places and [[place[uid], x, y] for uid, x, y in places["points"]],
+        "curve": curve and {**curve, "ladder": [place[uid] for uid in curve["ladder"]]},
+    }
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # Inside JSON these occur in strings only. A script file may hold all of them but the last two;
+    # whoever pastes it into a page may not.
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f'"use strict";\nwindow.curateReport = {text};\n'.encode()
+
+
+def _sample(
+    row: dict[str, Any], picture: str | None, representative: int | None, scores: Sequence[str]
+) -> dict[str, Any]:
+    caption = row["caption"]
+    found = {
+        "uid": row["uid"],
+        "key": clean_text(row["key"], _NAME_CHARS),
+        "file": clean_text(row["source_file"], _NAME_CHARS),
+        "caption": None if caption is None else clean_text(caption, _SHOWN_CHARS),
+        "keep": row["keep"],
+        "reason": row["reason"],
+        "failed": row["failed_rules"],
+        "picture": picture,
+        "size": [row["width"], row["height"]] if row["width"] else None,
+        "scores": {n: round(row[n], 4) for n in scores if row.get(n) is not None},
+        "weight": round(row["weight"], 3) if row["keep"] else None,
+        "like": representative,
+        "merged": [clean_text(text, _SHOWN_CHARS) for text in (row["captions"] or [])[1:6]],
+        "kind": row.get("memorization_kind"),
+        "earlier": row.get("earlier_uid"),
+        "shows": row.get("contaminated_by") and clean_text(row["contaminated_by"], _NAME_CHARS),
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def render_page(
+    overview: Overview,
+    charts: Sequence[Chart],
+    curve: dict[str, Any] | None,
+    density: dict[str, Any] | None,
+    places: dict[str, Any] | None = None,
+) -> bytes:
     """Return the page's HTML.
 
     Parameters
     ----------
-    counts : sequence of (str, int)
-        Rows of the table at the top.
-    galleries : sequence of Gallery
+    overview : Overview
+    charts : sequence of Chart
+    curve : dict, optional
+        `points` and `current`, see `report_curves.trade_off`.
+    density : dict, optional
+        `column`, `low`, `high` and `counts` over rarity (rows) and that column.
+    places : dict, optional
+        `points` and `share` of the map.
     """
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="number">{number:,}</td></tr>'
-        for name, number in counts
-    )
-    body = "".join(map(_render_gallery, galleries))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>curate report</title>'
+    body = [
+        _render_head(overview),
+        _render_galleries(),
+        _render_threshold(curve, overview),
+        _render_curves(charts, overview, density),
+        _render_map(places),
+        _render_run(overview),
+    ]
+    sections = [one for one in _SECTIONS if one[0] != "map" or places is not None]
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in sections)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>curate report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Nothing on this page may load or run anything, whatever a caption says.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<style>{_STYLE}</style></head><body><h1>What was kept, what was dropped, and why</h1>"
-        f"<table>{rows}</table>{body}</body></html>\n"
+        '<meta name="color-scheme" content="light dark">'
+        '<meta name="referrer" content="no-referrer">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<link rel="stylesheet" href="report.css">'
+        '<script src="data.js" defer></script><script src="report.js" defer></script></head><body>'
+        '<a class="skip" href="#overview">Skip to the figures</a>'
+        f'<header><strong>curate</strong><nav aria-label="Sections">{links}</nav></header>'
+        f"<main>{''.join(body)}</main></body></html>\n"
     )
+    return page.encode()
 
 
-def _render_gallery(gallery: Gallery) -> str:
-    figures = "".join(map(_render_picture, gallery.pictures))
-    shown = len(gallery.pictures)
-    count = f"{gallery.total:,}" if shown == gallery.total else f"{shown} of {gallery.total:,}"
+_SECTIONS = (
+    ("overview", "Overview"),
+    ("galleries", "Galleries"),
+    ("threshold", "Threshold"),
+    ("curves", "Curves"),
+    ("map", "Map"),
+    ("run", "Run"),
+)
+
+
+def _render_head(overview: Overview) -> str:
+    share = overview.kept / max(overview.ingested, 1)
+    tiles = [("kept", f"{share:.1%}", f"{overview.kept:,} of {overview.ingested:,} samples")]
+    tiles += [(title, figure, behind) for figure, title, behind in overview.tiles]
+    cards = "".join(
+        f"<div><dt>{escape(title)}</dt><dd>{escape(figure)}<small>{escape(behind)}</small></dd></div>"
+        for title, figure, behind in tiles
+    )
+    warnings = "".join(
+        f"<li><bdi>{escape(clean_text(line))}</bdi></li>" for line in overview.warnings
+    )
     return (
-        f"<h2>{escape(gallery.title)} ({count})</h2><p>{escape(gallery.meaning)}</p>"
-        f'<div class="gallery">{figures}</div>'
+        '<section id="overview"><h1>What was kept, what was dropped, and why</h1>'
+        f'<dl class="tiles">{cards}</dl>'
+        + (f'<ul class="warnings" aria-label="Warnings">{warnings}</ul>' if warnings else "")
+        + _render_funnel(overview)
+        + "</section>"
     )
 
 
-def _render_picture(picture: Picture) -> str:
-    caption = picture.caption if picture.caption else "no caption"
-    if len(caption) > _SHOWN_CHARS:
-        caption = caption[:_SHOWN_CHARS] + " …"
-    images = _render_image(picture.thumbnail, caption)
-    if picture.beside is not None:
-        images += _render_image(picture.beside, "the sample that is kept instead")
-    notes = "".join(f"<small>{escape(note)}</small>" for note in (*picture.notes, picture.uid))
+def _render_funnel(overview: Overview) -> str:
+    """From everything that came in to what is kept, a row for each reason."""
+    left, rows = overview.ingested, []
+    rows.append(("ingested", f"{left:,}", "", draw_bars(0, left, overview.ingested, False), ""))
+    for code, number, meaning in overview.counts:
+        left -= number
+        bar = draw_bars(left, number, overview.ingested, True)
+        rows.append((code, f"−{number:,}", _percent(number, overview), bar, meaning))
+    bar = draw_bars(0, overview.kept, overview.ingested, False)
+    rows.append(("kept", f"{overview.kept:,}", _percent(overview.kept, overview), bar, ""))
+    cells = "".join(
+        f'<tr><th scope="row">{_link_gallery(name, meaning)}</th><td class="number">{number}</td>'
+        f'<td class="number share">{share}</td><td class="bar">{bar}</td></tr>'
+        for name, number, share, bar, meaning in rows
+    )
     return (
-        f'<figure><div class="row">{images}</div>'
-        f"<figcaption>{escape(caption)}{notes}</figcaption></figure>"
+        '<table class="funnel"><caption>Samples, and the first rule that each dropped one failed'
+        "</caption><thead><tr><th scope=col>reason</th><th scope=col class=number>samples</th>"
+        '<th scope=col class="number share">share</th><th scope=col class=bar></th></tr></thead>'
+        f"<tbody>{cells}</tbody></table>"
     )
 
 
-def _render_image(thumbnail: bytes | None, description: str) -> str:
-    if thumbnail is None:
-        return '<span class="none">no picture</span>'
-    data = base64.b64encode(thumbnail).decode()
-    return f'<img alt="{escape(description)}" src="data:image/webp;base64,{data}">'
+def _link_gallery(name: str, meaning: str) -> str:
+    """Reasons link to their galleries; those of unreadable samples share one."""
+    text = escape(name)
+    if name != "ingested":
+        text = f'<a href="#gallery-{text}" data-gallery="{text}">{text}</a>'
+    return text + (f"<small>{escape(meaning)}</small>" if meaning else "")
+
+
+def _percent(number: int, overview: Overview) -> str:
+    return f"{number / max(overview.ingested, 1):.1%}"
+
+
+def _render_galleries() -> str:
+    return (
+        '<section id="galleries"><h2>Galleries</h2>'
+        '<label class="search">Search captions, keys and uids of the samples shown here'
+        '<input id="search" type="search" autocomplete="off" spellcheck="false"></label>'
+        '<div id="chips" class="chips" role="group" aria-label="Choose a gallery"></div>'
+        '<div id="wall" aria-live="polite"><noscript>Pictures are put up by report.js, which did '
+        "not run.</noscript></div></section>"
+    )
+
+
+def _render_threshold(curve: dict[str, Any] | None, overview: Overview) -> str:
+    if curve is None:
+        return (
+            '<section id="threshold"><h2>Threshold</h2><p>No sample of this run has a '
+            "mismatch_probability, so that there is no threshold to move: the pipeline has no "
+            "<code>score</code>, or too few samples.</p></section>"
+        )
+    points = curve["points"]
+    rates = [point["rate"] for point in points]
+    lines = [
+        ("kept, of all ingested", "a", [p["kept"] / max(overview.ingested, 1) for p in points]),
+        ("rare samples lost", "b", [p["rare_lost"] for p in points]),
+        ("common samples lost", "c", [p["common_lost"] for p in points]),
+        ("random captions caught", "d", [p["caught"].get("random") for p in points]),
+    ]
+    expected = [("expected mismatched among the kept", "b", [p["expected"] for p in points])]
+    charts = draw_lines(
+        "What a rate keeps, loses and catches", "select.max_mismatch_rate", rates, lines,
+        curve["current"],
+    ) + draw_lines(
+        "Expected share of mismatched captions among the kept", "select.max_mismatch_rate", rates,
+        expected, curve["current"],
+    )  # fmt: skip
+    at = rates.index(curve["current"]) if curve["current"] in rates else len(rates) - 1
+    return (
+        '<section id="threshold"><h2>Threshold</h2>'
+        f"<p>{escape(curve['note'])}</p>"
+        f'<div class="charts" id="rates">{charts}</div>'
+        '<label class="slider">select.max_mismatch_rate'
+        f'<input id="rate" type="range" min="0" max="{len(rates) - 1}" step="1" value="{at}">'
+        "</label>"
+        '<p class="command"><code id="setting" tabindex="0"></code></p>'
+        '<dl class="tiles" id="figures" aria-live="polite"></dl>'
+        '<div id="ladder"></div></section>'
+    )
+
+
+def _render_curves(
+    charts: Sequence[Chart], overview: Overview, density: dict[str, Any] | None
+) -> str:
+    parts = [draw_histogram(c.name, c.low, c.high, c.kept, c.dropped) for c in charts]
+    if len(overview.what_if) > 1:
+        bound = ", upper bounds" if overview.what_if_bound else ""
+        parts.append(draw_steps(f"Kept against dedup.min_cosine{bound}", overview.what_if))
+    if density is not None:
+        parts.append(draw_density(**density))
+    if not parts:
+        parts.append("<p>This run has no numeric score.</p>")
+    legend = (
+        '<p class="legend"><span class="key kept">kept</span> <span class="key dropped">dropped'
+        "</span> each as a share of its own, so that shapes compare</p>"
+    )
+    return (
+        f'<section id="curves"><h2>Curves</h2>{legend if charts else ""}'
+        f'<div class="charts">{"".join(parts)}</div></section>'
+    )
+
+
+def _render_map(places: dict[str, Any] | None) -> str:
+    if places is None:
+        return ""
+    number = len(places["points"])
+    return (
+        f'<section id="map"><h2>Map</h2><p>{number:,} samples at random, by the two principal '
+        "components (PCA) of their image vectors, which hold "
+        f"{places['share']:.0%} of the variance: what lies far apart differs, what lies together "
+        "need not be alike. Point at a dot, or move with the arrow keys.</p>"
+        '<p class="legend"><span class="key dot kept">kept</span> '
+        '<span class="key dot dropped">dropped</span></p>'
+        '<div class="plane"><svg id="plane" viewBox="0 0 360 270" tabindex="0" role="application" '
+        'aria-label="Map of samples; left and right arrow keys move between them"></svg>'
+        '<div id="here" aria-live="polite"></div></div></section>'
+    )
+
+
+def _render_run(overview: Overview) -> str:
+    total = sum(seconds for _, seconds, _ in overview.times)
+    times = [
+        (name, f"{seconds:.1f}", f"{samples / seconds:,.0f}" if seconds else "")
+        for name, seconds, samples in overview.times
+    ]
+    blocks = []
+    if times:
+        rows = [*times, ("all of these", f"{total:.1f}", "")]
+        blocks.append(_render_table("Time", ("stage", "seconds", "samples/s"), rows, 1))
+    if overview.parameters:
+        blocks.append(_render_table("Parameters", ("name", "value"), overview.parameters, 9))
+    if overview.versions:
+        blocks.append(_render_table("Versions", ("package", "version"), overview.versions, 9))
+    return f'<section id="run"><h2>Run</h2><div class="tables">{"".join(blocks)}</div></section>'
+
+
+def _render_table(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int
+) -> str:
+    def cell(number: int, text: str, tag: str) -> str:
+        kind = ' class="number"' if number >= numbers_from else ""
+        return f"<{tag}{kind}>{escape(clean_text(text))}</{tag}>"
+
+    head = "".join(cell(i, text, "th") for i, text in enumerate(heads))
+    body = "".join(
+        f"<tr>{''.join(cell(i, text, 'td') for i, text in enumerate(row))}</tr>" for row in rows
+    )
+    return (
+        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )

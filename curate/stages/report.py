@@ -1,40 +1,41 @@
-"""report: one page with pictures of what was kept, what was dropped, and why."""
+"""report: a static page with pictures of what was kept, what was dropped, and why."""
 
+import json
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from curate import storage
-from curate.memorization.folds import hash_unit
-from curate.report.page import Gallery, Picture, render_page
+from curate.report.page import Overview, read_assets, render_data, render_page
+from curate.report.words import describe_facts, stage_times
 from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
+from curate.stages.report_draw import FURTHER, SCORES, SHOWN, Drawn, draw
 
-__all__ = ["Report"]
+__all__ = ["Report", "RunFacts", "write_report"]
 
-_SHOWN = ("caption", "keep", "reason", "weight", "representative_uid", "representative_cosine")
-_SCORES = ("mismatch_probability", "rarity")
-#: What goes into the galleries of the kept.
-_KEPT = "kept"
+#: Bytes of all thumbnails together: with the rest the page stays below 30 MB whatever the run.
+_THUMBNAIL_BYTES = 18_000_000
 
 
 class Report(Stage):
     """Draw samples of every reason and show them."""
 
     name: ClassVar[str] = "report"
+    version: ClassVar[int] = 2
     publishes: ClassVar[tuple[str, ...]] = ("report",)
 
     pictures: int = Field(24, description="samples shown for each reason", ge=1, le=200)
     seed: int = Field(0, description="draws which samples are shown")
 
     def reads(self) -> tuple[str, ...]:
-        return (*_SHOWN, "thumbnail")
+        return (*SHOWN, "thumbnail")
 
     def wants(self) -> tuple[str, ...]:
-        return _SCORES
+        return (*FURTHER, "image_emb")
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("report", ()),)
@@ -43,87 +44,182 @@ class Report(Stage):
         return (Step("page", _write_page, one_task),)
 
 
+class RunFacts:
+    """What `run.json` tells of the stages before the report.
+
+    Parameters
+    ----------
+    facts : dict
+        By stage.
+    tables : dict
+        By table: `parameters`, `steps` and `versions`.
+    """
+
+    def __init__(self, facts: dict[str, Any], tables: dict[str, Any]) -> None:
+        self.facts = facts
+        self.tables = {name: table for name, table in tables.items() if name != "report"}
+
+    @classmethod
+    def of(cls, room: Room) -> "RunFacts":
+        """Read them where the stages left them: `run.json` is written when all are done."""
+        facts, tables = {}, {}
+        for stage in room.pipeline:
+            if stage.name == "report":
+                continue
+            found = stage.facts(replace(room, stage=stage))
+            if found:
+                facts[stage.name] = found
+            for table in stage.tables():
+                path = storage.join(room.folders[table.name], "manifest.json")
+                if storage.exists(path):
+                    tables[table.name] = storage.read_json(path)
+        return cls(facts, tables)
+
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Parameters by stage."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, table in self.tables.items():
+            found.setdefault(name.partition(".")[0], {}).update(table["parameters"])
+        return found
+
+
 def _write_page(room: Room, task: str) -> dict[str, float]:
-    assert isinstance(room.stage, Report)
-    drawn, totals = _draw(room, room.stage.pictures, room.stage.seed)
-    wanted = {row[key] for rows in drawn.values() for row in rows for key in _UIDS if row[key]}
-    thumbnails = _read_thumbnails(room, wanted)
-    meanings = {_KEPT: "a random draw of what is in shards/", **REASONS}
-    galleries = [
-        Gallery(title, meanings[title], totals[title], _pictures(drawn[title], thumbnails))
-        for title in sorted(drawn, key=_gallery_rank)
-    ]
-    counts = [("ingested", sum(totals.values())), (_KEPT, totals.get(_KEPT, 0))]
-    counts += [(code, totals[code]) for code in REASONS if code in totals]
-    page = render_page(counts, galleries)
-    storage.commit_bytes(room.path("report", "index.html"), page.encode())
-    return {"samples": sum(totals.values())}
+    target = room.path("report")
+    return {"samples": write_report(room, RunFacts.of(room), target)}
 
 
-_UIDS = ("uid", "representative_uid")
-#: What is worth a look before all else: decisions that are matters of judgement.
-_FIRST = ("mismatched", "duplicate_perceptual", "duplicate_semantic", "duplicate_bytes", _KEPT)
+def write_report(room: Room, run: RunFacts, target: str) -> int:
+    """Write the page into a folder; return how many samples it tells of.
+
+    Parameters
+    ----------
+    room : Room
+        Of the stage `report`, behind finished stages.
+    run : RunFacts
+    target : str
+    """
+    stage = room.stage
+    assert isinstance(stage, Report)
+    rate = run.parameters().get("select", {}).get("max_mismatch_rate")
+    drawn = draw(room, stage.pictures, stage.seed, run.facts, rate)
+    thumbnails = _read_thumbnails(room, list(drawn.rows))
+    pictures = {uid: f"thumbnails/{number:04d}.webp" for number, uid in enumerate(thumbnails)}
+    for uid, name in pictures.items():
+        storage.commit_bytes(storage.join(target, name), thumbnails[uid])
+    curve = None
+    if drawn.curve:
+        curve = {
+            "points": drawn.curve,
+            "current": rate,
+            "ladder": drawn.ladder,
+            "note": _note(drawn, run.parameters()),
+            "ingested": sum(drawn.totals.values()),
+        }
+    files = {
+        **read_assets(),
+        "data.js": render_data(drawn.rows, pictures, SCORES, drawn.galleries, curve, drawn.places),
+        "index.html": render_page(
+            _overview(drawn, run), drawn.charts, curve, drawn.density, drawn.places
+        ),
+    }
+    for name, data in files.items():
+        storage.commit_bytes(storage.join(target, name), data)
+    return sum(drawn.totals.values())
 
 
-def _gallery_rank(title: str) -> int:
-    order = (*_FIRST, *(code for code in REASONS if code not in _FIRST))
-    return order.index(title)
-
-
-def _draw(
-    room: Room, count: int, seed: int
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
-    """Return up to `count` rows per reason and of the kept, by hash, and how many there are."""
-    columns = [*_SHOWN, *(name for name in _SCORES if room.has(name))]
-    drawn: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-    totals: dict[str, int] = {}
-    for shard in room.shards():
-        table = room.read(shard, columns)
-        ranks = hash_unit(table["uid"].to_pylist(), seed, "report")
-        reasons = np.array([reason or _KEPT for reason in table["reason"].to_pylist()])
-        for title in sorted(set(reasons)):
-            rows = np.flatnonzero(reasons == title)
-            totals[title] = totals.get(title, 0) + len(rows)
-            best = rows[np.argsort(ranks[rows], kind="stable")[:count]]
-            found = table.take(pa.array(best)).to_pylist()
-            ranked = [*drawn.get(title, []), *zip(ranks[best].tolist(), found, strict=True)]
-            drawn[title] = sorted(ranked, key=lambda pair: pair[0])[:count]
-    return {title: [row for _, row in rows] for title, rows in drawn.items()}, totals
-
-
-def _read_thumbnails(room: Room, wanted: set[str]) -> dict[str, bytes | None]:
-    names = pa.array(sorted(wanted), pa.string())
+def _read_thumbnails(room: Room, uids: list[str]) -> dict[str, bytes]:
+    """Thumbnails of samples in the order given, as many as the page has room for."""
+    names = pa.array(uids, pa.string())
     found: dict[str, bytes | None] = {}
     for shard in room.shards():
         table = room.read(shard, ["thumbnail"])
         hits = table.filter(pc.is_in(table["uid"], value_set=names))
         found.update(zip(hits["uid"].to_pylist(), hits["thumbnail"].to_pylist(), strict=True))
-    return found
+    fitting: dict[str, bytes] = {}
+    size_bytes = 0
+    for uid in uids:
+        thumbnail = found.get(uid)
+        size_bytes += len(thumbnail or b"")
+        if thumbnail is not None and size_bytes <= _THUMBNAIL_BYTES:
+            fitting[uid] = thumbnail
+    return fitting
 
 
-def _pictures(
-    rows: list[dict[str, Any]], thumbnails: dict[str, bytes | None]
-) -> tuple[Picture, ...]:
-    return tuple(
-        Picture(
-            row["uid"],
-            thumbnails[row["uid"]],
-            row["caption"],
-            _notes(row),
-            thumbnails.get(row["representative_uid"]),
+def _note(drawn: Drawn, parameters: dict[str, dict[str, Any]]) -> str:
+    """Tell how far the slider's counts are to be trusted."""
+    prefer = parameters.get("select", {}).get("prefer") or ["mismatch"]
+    text = "Each stop says what a run with that rate keeps."
+    if prefer[0] != "mismatch":
+        text += " Counts are near what it would be: copies are chosen among anew, not by mismatch."
+    elif any(point["wider"] for point in drawn.curve):
+        text += (
+            " Rates looser than this run's are estimates: one more sample is counted for each "
+            "cluster of copies of which none is kept yet."
         )
-        for row in rows
+    return text
+
+
+def _overview(drawn: Drawn, run: RunFacts) -> Overview:
+    dropped = (
+        (code, drawn.totals[code], REASONS[code]) for code in REASONS if code in drawn.totals
+    )
+    scanned = run.tables.get("ingest", {}).get("steps", {}).get("scan", {})
+    said = [
+        line.removeprefix("Warning: ")
+        for line in describe_facts(run.facts, scanned)
+        if line.startswith("Warning: ")
+    ]
+    parameters = [
+        (f"{stage}.{name}", value if isinstance(value, str) else json.dumps(value))
+        for stage, fields in run.parameters().items()
+        for name, value in fields.items()
+    ]
+    versions = [table["versions"] for table in run.tables.values()]
+    kept = drawn.totals.get(None, 0)
+    selected = run.facts.get("select", {})
+    what_if = [(row["min_cosine"], row["kept"]) for row in selected.get("what_if", [])]
+    own = run.parameters().get("dedup", {}).get("min_cosine")
+    return Overview(
+        tuple(dropped),
+        sum(drawn.totals.values()),
+        kept,
+        tuple(_tiles(run)),
+        (*said, *drawn.warnings),
+        tuple(stage_times(run.tables)),
+        tuple(parameters),
+        tuple(versions[-1].items()) if versions else (),
+        ((own, kept), *what_if) if own is not None and what_if else (),
+        any("bound" in row for row in selected.get("what_if", [])),
     )
 
 
-def _notes(row: dict[str, Any]) -> tuple[str, ...]:
-    labels = {
-        "mismatch_probability": "mismatch",
-        "rarity": "rarity",
-        "weight": "weight",
-        "representative_cosine": "cosine",
-    }
-    known = [(label, row.get(name)) for name, label in labels.items()]
-    if not row["keep"]:
-        known = [(label, value) for label, value in known if label != "weight"]
-    return tuple(f"{label} {value:.3f}" for label, value in known if value is not None)
+def _tiles(run: RunFacts) -> list[tuple[str, str, str]]:
+    """Figure, what it is, what stands behind it."""
+    facts, tiles = run.facts, []
+    detector = facts.get("score", {}).get("mismatch", {})
+    if detector.get("share") is not None:
+        within = 1.96 * detector["share_stderr"]
+        low, high = max(detector["share"] - within, 0), min(detector["share"] + within, 1)
+        behind = f"of all captions, estimated: {low:.1%} to {high:.1%}"
+        tiles.append((f"{detector['share']:.1%}", "mismatched", behind))
+    mismatch = facts.get("select", {}).get("mismatch") or {}
+    if mismatch.get("expected_rate") is not None:
+        asked = run.parameters().get("select", {}).get("max_mismatch_rate")
+        behind = "expected" if asked is None else f"expected; at most {asked:.2%} was asked for"
+        tiles.append((f"{mismatch['expected_rate']:.2%}", "mismatched among the kept", behind))
+    recall = facts.get("dedup", {}).get("recall", {})
+    if recall.get("recall") is not None:
+        behind = f"of pairs that brute force finds, by {recall['rows']} samples"
+        if recall.get("interval"):
+            low, high = recall["interval"]
+            behind += f": {low:.2%} to {high:.2%}"
+        tiles.append((f"{recall['recall']:.2%}", "duplicate pairs found", behind))
+    caught = mismatch.get("phantoms_caught") or {}
+    if caught.get("random") is not None:
+        near = caught.get("near_image")
+        behind = "" if near is None else f"and {near:.0%} of captions of look-alikes"
+        tiles.append((f"{caught['random']:.0%}", "of planted captions caught", behind))
+    lost = [mismatch.get(name) for name in ("rare_dropped", "common_dropped")]
+    if lost[0] is not None and lost[1] is not None:
+        tiles.append((f"{lost[0]:.0%}", "of rare samples lost", f"and {lost[1]:.0%} of the common"))
+    return tiles

@@ -1,65 +1,188 @@
 """The report's page shows what it is given and runs nothing of it."""
 
-import base64
+import json
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from typing import Any
 
-from curate.report.page import Gallery, Picture, render_page
+import pytest
+
+from curate.report.page import (
+    Chart,
+    Gallery,
+    Group,
+    Overview,
+    clean_text,
+    read_assets,
+    render_data,
+    render_page,
+)
+
+HOSTILE = {
+    "script": "</script><script>alert(1)</script>",
+    "quotes": "\" onload=\"x()\" ' onerror='y()' `${z()}`",
+    "turned": "safe\u202egpj.exe\u202c \u200fשלום\u200f",
+    "long": "x" * 10_000,
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈",
+    "nul": "a\x00b\x1b[2J\x7f\x85",
+    "lines": "one\u2028two\u2029three\n<!-- & -->",
+}
 
 
 class _Reader(HTMLParser):
-    """Collects tags, image sources and text."""
+    """Collects tags, attributes and text."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tags: list[str] = []
-        self.sources: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.inside: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name == "src" and value]
+        self.tags.append((tag, dict(attrs)))
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside.append("/" + tag)
 
     def handle_data(self, data: str) -> None:
+        assert not self.inside or self.inside[-1] not in ("script", "style"), "nothing runs inline"
         self.text += data
 
 
-def _read(page: str) -> _Reader:
+def read(page: bytes) -> _Reader:
     reader = _Reader()
-    reader.feed(page)
+    reader.feed(page.decode())
     return reader
 
 
-def test_captions_are_text_and_never_markup() -> None:
-    hostile = '<script>alert(1)</script><img src=x onerror="x()">" onload="y()'
-    pictures = (Picture("ab", b"RIFF", hostile),)
-    found = _read(render_page([], [Gallery("kept", "", 1, pictures)]))
-    assert "script" not in found.tags
-    assert hostile in found.text
-    assert found.sources == ["data:image/webp;base64," + base64.b64encode(b"RIFF").decode()]
+def row(uid: str, **columns: Any) -> dict[str, Any]:
+    return {
+        "uid": uid,
+        "key": uid,
+        "source_file": "0.tar",
+        "caption": "a cat",
+        "keep": True,
+        "reason": None,
+        "failed_rules": [],
+        "width": 8,
+        "height": 8,
+        "weight": 1.0,
+        "representative_uid": None,
+        "captions": ["a cat"],
+        **columns,
+    }
 
 
-def test_duplicates_stand_beside_the_sample_that_is_kept() -> None:
-    picture = Picture("ab", b"one", "a cat", ("cosine 0.990",), b"two")
-    found = _read(render_page([], [Gallery("duplicate_semantic", "", 1, (picture,))]))
-    assert [base64.b64decode(s.split(",")[1]) for s in found.sources] == [b"one", b"two"]
-    assert "cosine 0.990" in found.text
+def load(data: bytes) -> dict[str, Any]:
+    text = data.decode().partition("window.curateReport = ")[2]
+    found: dict[str, Any] = json.loads(text.rstrip().removesuffix(";"))
+    return found
 
 
-def test_missing_pictures_and_captions_are_said() -> None:
-    found = _read(render_page([], [Gallery("decode_error", "", 1, (Picture("ab", None, None),))]))
-    assert found.sources == []
-    assert "no picture" in found.text
-    assert "no caption" in found.text
+CURVE = {
+    "points": [
+        {"rate": rate, "limit": rate, "kept": 5, "expected": rate, "rare_lost": None,
+         "common_lost": 0.1, "caught": {}, "wider": False}
+        for rate in (0.01, 0.02)
+    ],
+    "current": 0.02,
+    "ladder": [],
+    "note": "<b>",
+    "ingested": 10,
+}  # fmt: skip
 
 
-def test_counts_say_how_many_are_shown_of_how_many() -> None:
-    galleries = [Gallery("mismatched", "why", 1234, (Picture("ab", None, "x"),))]
-    found = _read(render_page([("ingested", 5000)], galleries))
-    assert "5,000" in found.text
-    assert "mismatched (1 of 1,234)" in found.text
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_captions_are_data_and_never_markup(kind: str) -> None:
+    text = HOSTILE[kind]
+    rows = {"a": row("a", caption=text, key=text, source_file=text, captions=["x", text])}
+    data = render_data(rows, {}, (), [Gallery("kept", "", "", (Group("", 1, ("a",)),))], None)
+    for character in "<>&\u2028\u2029\u202e\x00\x1b\x7f\x85":
+        assert character not in data.decode()
+    found = load(data)["samples"][0]
+    for shown in (found["caption"], found["key"], found["file"], found["merged"][0]):
+        assert shown.startswith(clean_text(text[:160]))
+        assert len(shown) < 300
 
 
-def test_long_captions_are_cut() -> None:
-    found = _read(render_page([], [Gallery("kept", "", 1, (Picture("ab", None, "x" * 9999),))]))
-    assert "x" * 160 + " …" in found.text
-    assert "x" * 161 not in found.text
+def test_what_cannot_be_seen_is_made_visible() -> None:
+    assert clean_text(HOSTILE["nul"]) == "a␀b␛[2J␡[U+0085]"
+    turned = "safe[U+202E]gpj.exe[U+202C] \u200fשלום\u200f"
+    assert clean_text(HOSTILE["turned"]) == turned
+    assert clean_text(HOSTILE["emoji"]) == HOSTILE["emoji"]
+    assert clean_text("\ud800") == "\ufffd"
+    assert clean_text("x" * 10_000, 5) == "xxxxx … (10,000 characters)"
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_the_page_escapes_what_it_says(kind: str) -> None:
+    text = HOSTILE[kind]
+    tiles = ((text, text, text),)
+    overview = Overview((("mismatched", 1, text),), 2, 1, tiles, (text,), (), ((text, text),))
+    found = read(render_page(overview, [], None, None))
+    assert clean_text(text).replace("\n", "") in found.text.replace("\n", "")
+    names = {name for _, attributes in found.tags for name in attributes}
+    assert not {name for name in names if name.startswith("on") or name == "style"}
+    assert [a.get("src") for tag, a in found.tags if tag == "script"] == ["data.js", "report.js"]
+
+
+def test_the_page_may_load_nothing_but_its_own_files() -> None:
+    found = read(render_page(Overview((), 0, 0), [], CURVE, None))
+    policies = [a["content"] for _, a in found.tags if a.get("http-equiv")]
+    assert policies == [
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "base-uri 'none'; form-action 'none'"
+    ]
+    links = [a[name] for _, a in found.tags for name in ("src", "href") if a.get(name)]
+    assert {link for link in links if not link.startswith("#")} == {*read_assets(), "data.js"}
+    for asset in read_assets().values():
+        # The one address is the name of the SVG elements that the script makes.
+        assert b"http" not in asset.replace(b"http://www.w3.org/2000/svg", b"")
+        assert b"innerHTML" not in asset
+        assert b"eval(" not in asset
+
+
+def test_numbers_of_the_funnel() -> None:
+    counts = (("decode_error", 1000, "broken"), ("duplicate_bytes", 1, "equal"))
+    found = read(render_page(Overview(counts, 5000, 3999), [], None, None))
+    for number in ("5,000", "−1,000", "−1", "3,999", "80.0%", "20.0%"):
+        assert number in found.text
+
+
+def test_charts_are_well_formed_and_hold_every_count() -> None:
+    charts = [Chart("rarity", 0.0, 1.0, [3, 0, 1], [0, 0, 0]), Chart("flat", 1, 1, [1], [2])]
+    density = {"column": "memorization_score", "low": -1, "high": 1, "counts": [[0, 2], [9, 0]]}
+    overview = Overview((), 10, 4, what_if=((0.78, 4), (0.9, 6)), what_if_bound=True)
+    page = render_page(overview, charts, CURVE, density).decode()
+    pieces = page.split("<svg ")[1:]
+    assert len(pieces) == 2 + 2 + 2 + 1 + 1
+    for piece in pieces:
+        drawing = ET.fromstring("<svg " + piece.partition("</svg>")[0] + "</svg>")
+        assert "nan" not in ET.tostring(drawing, "unicode")
+    for told in ("0 to 0.333: 3 kept, 0 dropped", "min_cosine 0.9: 6 kept", "9 samples"):
+        assert told in page
+    assert "upper bounds" in page
+
+
+def test_an_empty_run_has_a_page() -> None:
+    found = read(render_page(Overview((), 0, 0), [], None, None))
+    assert "0 of 0 samples" in found.text
+    assert load(render_data({}, {}, (), [], None)) == {
+        "samples": [], "galleries": [], "map": None, "curve": None,
+    }  # fmt: skip
+
+
+def test_samples_name_those_they_are_like() -> None:
+    rows = {
+        "a": row("a", keep=False, reason="duplicate_bytes", representative_uid="b", captions=None),
+        "b": row("b", mismatch_probability=0.25, captions=["a cat", "one cat"]),
+    }
+    found = load(
+        render_data(rows, {"b": "thumbnails/0000.webp"}, ("mismatch_probability",), [], None)
+    )
+    copy, kept = found["samples"]
+    assert copy["like"] == 1
+    assert "picture" not in copy
+    assert kept["scores"] == {"mismatch_probability": 0.25}
+    assert kept["merged"] == ["one cat"]

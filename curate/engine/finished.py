@@ -1,0 +1,78 @@
+"""A finished OUT: what can be asked of it without its input."""
+
+from typing import Any
+
+from curate import storage
+from curate.errors import OutputError
+from curate.stages.base import Room
+from curate.stages.report import Report, RunFacts, write_report
+
+__all__ = ["open_room", "read_finished", "rebuild_report"]
+
+#: Tables whose shards are results, not rows beside those of the index.
+_RESULTS = ("write", "report")
+
+
+def read_finished(out: str) -> dict[str, Any]:
+    """Return what `run.json` holds.
+
+    Raises
+    ------
+    OutputError
+        If OUT holds no finished run.
+    """
+    path = storage.join(out, "run.json")
+    found: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+    if found.get("status") != "finished":
+        raise OutputError(
+            f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
+            "name another folder."
+        )
+    return found
+
+
+def open_room(out: str, summary: dict[str, Any]) -> Room:
+    """Return the room behind all stages of a finished run, as its `report` would have it.
+
+    Which column lies where is read from the files: the run may be of an earlier version.
+    """
+    stages = summary["stages"]
+    given = stages.get("report", {}).get("parameters", {})
+    stage = Report(**{name: v for name, v in given.items() if name in Report.model_fields})
+    folders = {
+        name: storage.join(out, "stages", f"{name}-{table['fingerprint']}")
+        for name, table in stages.items()
+    }
+    origins: dict[str, str] = {}
+    room = Room(stage, folders, origins, frozenset())
+    shards = room.shards()
+    for name in folders:
+        if name in _RESULTS or not shards:
+            continue
+        path = room.shard_path(name, shards[0])
+        if storage.exists(path):
+            origins.update(dict.fromkeys(storage.list_columns(path), name))
+    origins.pop("uid", None)
+    if "keep" not in origins:
+        raise OutputError(
+            f"{out}: must hold decisions; its pipeline has no `select`, or stages/ was removed. "
+            "Run it again."
+        )
+    return room
+
+
+def rebuild_report(out: str) -> str:
+    """Write OUT/report anew from what a finished run left; return where its page is.
+
+    The caller holds OUT locked.
+    """
+    summary = read_finished(out)
+    room = open_room(out, summary)
+    scratch = storage.join(out, f"{storage.TEMPORARY_PREFIX}report")
+    storage.remove(scratch)
+    try:
+        write_report(room, RunFacts(summary["facts"], summary["stages"]), scratch)
+        storage.mirror(scratch, storage.join(out, "report"))
+    finally:
+        storage.remove(scratch)
+    return storage.join(out, "report", "index.html")

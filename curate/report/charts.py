@@ -1,0 +1,191 @@
+"""Charts as SVG: drawn once, coloured by the page's style, told apart without colour too."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+__all__ = ["draw_bars", "draw_density", "draw_histogram", "draw_lines", "draw_steps"]
+
+#: Drawn for a phone's width, so that the letters are never smaller than the page's.
+_WIDTH, _HEIGHT = 360, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
+
+
+def draw_bars(start: int, length: int, total: int, dropped: bool) -> str:
+    """Return one bar of the funnel, from `start` on, out of `total`."""
+    left, width = (100 * part / max(total, 1) for part in (start, length))
+    kind = "dropped" if dropped else "kept"
+    return (
+        '<svg class="strip" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="{kind}" x="{left:.2f}" y="0" width="{max(width, 0.4 if length else 0):.2f}" '
+        'height="8"/></svg>'
+    )
+
+
+def draw_histogram(
+    name: str, low: float, high: float, kept: Sequence[int], dropped: Sequence[int]
+) -> str:
+    """Return shares of the kept as an area and of the dropped as a line above the same bins."""
+    shares = [[count / max(sum(side), 1) for count in side] for side in (kept, dropped)]
+    top = max((max(side) for side in shares), default=0) or 1
+    step = (_WIDTH - _LEFT - _RIGHT) / max(len(kept), 1)
+    bars, line = [], []
+    for number, (own, other) in enumerate(zip(*shares, strict=True)):
+        x, y = _LEFT + number * step, _down(own / top)
+        first, last = (low + (high - low) * (number + one) / len(kept) for one in (0, 1))
+        told = f"{first:.3g} to {last:.3g}: {kept[number]:,} kept, {dropped[number]:,} dropped"
+        bars.append(
+            f'<rect class="kept area" x="{x:.1f}" y="{y:.1f}" width="{step:.2f}" '
+            f'height="{_down(0) - y:.1f}"/>'
+            f'<rect class="touch" x="{x:.1f}" y="{_TOP}" width="{step:.2f}" '
+            f'height="{_down(0) - _TOP}"><title>{told}</title></rect>'
+        )
+        line += [f"{x:.1f},{_down(other / top):.1f}", f"{x + step:.1f},{_down(other / top):.1f}"]
+    if sum(dropped):
+        bars.append(f'<polyline class="line dropped" points="{" ".join(line)}"/>')
+    # No more digits than the width of a bar allows: next to 1, 2e-5 is 0.
+    digits = 2 - math.floor(math.log10(high - low)) if high > low else 2
+    ends = [round(value, digits) for value in (low, (low + high) / 2, high)]
+    marks = _mark_across(list(zip(ends, (0.0, 0.5, 1.0), strict=True)))
+    marks += _mark_up([(0, 0), (top, 1)], "{:.0%}")
+    told = f"{sum(kept):,} kept and {sum(dropped):,} dropped samples have one"
+    return _frame(name, told, "".join(bars) + marks)
+
+
+def draw_lines(
+    title: str,
+    across: str,
+    xs: Sequence[float],
+    lines: Sequence[tuple[str, str, Sequence[float | None]]],
+    current: float | None,
+) -> str:
+    """Return shares against rates on a logarithmic axis, with a mark that the page moves.
+
+    Parameters
+    ----------
+    title, across : str
+    xs : sequence of float, > 0, rising
+    lines : sequence of (label, kind, values)
+        `kind` names the line's style; None in values leaves a gap.
+    current : float or None
+        Where the run stands.
+    """
+    low, high = math.log(xs[0]), math.log(xs[-1])
+    spots = [_right((math.log(x) - low) / ((high - low) or 1)) for x in xs]
+    known = [value for _, _, values in lines for value in values if value is not None]
+    top = 1.0 if len(lines) > 1 else (max(known, default=0) * 1.05 or 1.0)
+    parts, legend = [], []
+    for label, kind, values in lines:
+        pairs = [(x, v) for x, v in zip(spots, values, strict=True) if v is not None]
+        if not pairs:
+            continue
+        points = " ".join(f"{x:.1f},{_down(value / top):.1f}" for x, value in pairs)
+        parts.append(f'<polyline class="line line-{kind}" points="{points}"/>')
+        legend.append(f'<span class="key line-{kind}">{escape(label)}</span>')
+    if current is not None and current in xs:
+        x = spots[list(xs).index(current)]
+        parts.append(
+            f'<line class="now" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_down(0)}"/>'
+            f'<text class="now" x="{x:.1f}" y="{_TOP - 3}" text-anchor="middle">this run</text>'
+        )
+    stops = " ".join(f"{x:.1f}" for x in spots)
+    parts.append(
+        f'<line class="mark" data-stops="{stops}" x1="{spots[-1]:.1f}" x2="{spots[-1]:.1f}" '
+        f'y1="{_TOP}" y2="{_down(0)}"/>'
+    )
+    middle = math.exp((low + high) / 2)
+    marks = _mark_across([(xs[0], 0.0), (middle, 0.5), (xs[-1], 1.0)])
+    marks += _mark_up([(0, 0), (top / 2, 0.5), (top, 1)], "{:.0%}" if top > 0.05 else "{:.2%}")
+    return _frame(title, f"against {across}", "".join(parts) + marks, "".join(legend))
+
+
+def draw_steps(title: str, points: Sequence[tuple[float, int]]) -> str:
+    """Return kept samples at several cosines as points on a line, the run's own first."""
+    least = min(x for x, _ in points)
+    bottom, top = min(y for _, y in points), max(y for _, y in points)
+    span = (top - bottom) or 1
+    places = [(_right((x - least) / ((1 - least) or 1)), _down((y - bottom) / span * 0.9 + 0.05)) for x, y in points]  # fmt: skip  # noqa: E501
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dots = "".join(
+        f'<circle class="{"now" if number == 0 else "kept"}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
+        f"<title>min_cosine {points[number][0]}: {points[number][1]:,} kept</title></circle>"
+        for number, (x, y) in enumerate(places)
+    )
+    marks = _mark_across([(least, 0.0), ((least + 1) / 2, 0.5), (1.0, 1.0)])
+    marks += _mark_up([(bottom, 0.05), (top, 0.95)], "{:,.0f}")
+    drawn = f'<polyline class="line line-a" points="{line}"/>{dots}{marks}'
+    return _frame(title, f"{points[0][1]:,} at this run's {points[0][0]}", drawn)
+
+
+def draw_density(column: str, low: float, high: float, counts: Sequence[Sequence[int]]) -> str:
+    """Return a grid of squares, the stronger in colour the more samples.
+
+    Parameters
+    ----------
+    column : str
+        What goes up.
+    low, high : float
+        Its range.
+    counts : (R, C) int
+        By rarity (across, [0, 1]) and by `column`.
+    """
+    most = max(max(row) for row in counts)
+    width = (_WIDTH - _LEFT - _RIGHT) / len(counts)
+    height = (_HEIGHT - _TOP - _BOTTOM) / len(counts[0])
+    squares = []
+    for across, row in enumerate(counts):
+        for up, count in enumerate(row):
+            if count:
+                # Logarithmic: a few samples in a corner are what one looks for.
+                opacity = 0.15 + 0.85 * math.log1p(count) / math.log1p(most)
+                x, y = _LEFT + across * width, _down(0) - (up + 1) * height
+                squares.append(
+                    f'<rect class="kept" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+                    f'height="{height:.1f}" fill-opacity="{opacity:.2f}">'
+                    f"<title>{count:,} samples</title></rect>"
+                )
+    marks = _mark_across([(0, 0.0), (0.5, 0.5), (1, 1.0)])
+    marks += _mark_up([(low, 0), ((low + high) / 2, 0.5), (high, 1)], "{:.2g}")
+    return _frame(
+        f"{column} against rarity",
+        "the stronger the colour, the more samples",
+        "".join(squares) + marks,
+    )
+
+
+def _right(share: float) -> float:
+    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+
+def _down(share: float) -> float:
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _mark_across(marks: Sequence[tuple[float, float]]) -> str:
+    anchors = {0.0: "start", 1.0: "end"}
+    axis = (
+        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_down(0)}" y2="{_down(0)}"/>'
+    )
+    return axis + "".join(
+        f'<text x="{_right(place):.1f}" y="{_HEIGHT - _BOTTOM + 16}" '
+        f'text-anchor="{anchors.get(place, "middle")}">{value:.3g}</text>'
+        for value, place in marks
+    )
+
+
+def _mark_up(marks: Sequence[tuple[float, float]], pattern: str) -> str:
+    return "".join(
+        f'<text x="{_LEFT - 6}" y="{_down(place) + 4:.1f}" text-anchor="end">'
+        f"{pattern.format(value)}</text>"
+        for value, place in marks
+    )
+
+
+def _frame(title: str, told: str, drawn: str, legend: str = "") -> str:
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}<small>{escape(told)}</small>'
+        f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}: {escape(told)}">{drawn}</svg>'
+        + (f'<p class="legend">{legend}</p>' if legend else "")
+        + "</figure>"
+    )
