@@ -217,6 +217,54 @@ def report(out: str) -> None:
 
 @main.command()
 @click.argument("out")
+@click.option(
+    "--to", "layout", required=True, metavar="FORMAT",
+    help="webdataset, groups, mds, hf, datacomp or keep-list.",
+)  # fmt: skip
+@click.option("--output", "-o", "target", required=True, metavar="DIR", help="Where to.")
+@click.option("--seed", default=0, show_default=True, help="Of the order of the samples.")
+@click.option("--shard-samples", type=click.IntRange(1), help="Samples per file at most.")
+@click.option(
+    "--groups", type=click.IntRange(1, 99), default=4, show_default=True,
+    help="Groups of like weight at most, where the format has groups.",
+)  # fmt: skip
+@_cluster_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export(
+    out: str,
+    layout: str,
+    target: str,
+    seed: int,
+    shard_samples: int | None,
+    groups: int,
+    workers: int | None,
+    scheduler: str | None,
+    cluster_file: str | None,
+    as_json: bool,
+) -> None:
+    """Write what the run in OUT kept in another format.
+
+    \b
+    webdataset  tars with sizes.json
+    groups      tars in groups of like weight, and TRAINING.md
+    mds         MosaicML streaming, in such groups, and TRAINING.md
+    hf          Parquet and a dataset card for Hugging Face's datasets
+    datacomp    DataComp subsets: sorted uids, each once and as often as it weighs
+    keep-list   uid, key, source file and weight of the kept
+    """  # noqa: D301 (click reads the character)
+    from curate.engine import export as exports
+    from curate.engine.progress import make_progress
+    from curate.engine.workers import Workers
+
+    request = exports.Request(out, target, layout, seed, shard_samples, groups)
+    options = _cluster(workers, scheduler, cluster_file)
+    with Workers(options, target) as pool, make_progress() as progress:
+        result = exports.export(request, pool, progress)
+    click.echo(json.dumps(result, indent=2) if as_json else exports.describe_export(result, target))
+
+
+@main.command()
+@click.argument("out")
 def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""
     from curate.engine import runner

@@ -1,7 +1,7 @@
 """Pipelines: YAML text to checked, frozen stages."""
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,14 @@ from curate.errors import ConfigError
 from curate.stages import STAGES
 from curate.stages.base import Stage
 
-__all__ = ["Pipeline", "load_pipeline", "parse_setting", "read_yaml", "shipped_pipelines"]
+__all__ = [
+    "Pipeline",
+    "load_pipeline",
+    "nearest",
+    "parse_setting",
+    "read_yaml",
+    "shipped_pipelines",
+]
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def load_pipeline(
         chosen[stage] = dict(fields or {})
     for stage, field_name, value in settings:
         if stage not in chosen:
-            near = _nearest(stage, chosen)
+            near = nearest(stage, chosen)
             raise ConfigError(f"--set: this pipeline has no stage {stage!r}.{near}")
         chosen[stage][field_name] = value
     stages = tuple(_build(where, stage, fields) for stage, fields in chosen.items())
@@ -146,7 +153,7 @@ def _find(name: str) -> tuple[str, str]:
             raise ConfigError(f"{name}: must be a readable pipeline file; {reason}.") from error
     shipped = shipped_pipelines()
     if name not in shipped:
-        near = _nearest(name, shipped)
+        near = nearest(name, shipped)
         raise ConfigError(
             f"{name}: must be a file or one of {', '.join(shipped)}; there is no such thing.{near}"
         )
@@ -155,7 +162,7 @@ def _find(name: str) -> tuple[str, str]:
 
 def _check_stage(where: str, stage: Any) -> None:
     if stage not in STAGES:
-        near = _nearest(str(stage), STAGES)
+        near = nearest(str(stage), STAGES)
         raise ConfigError(f"{where}: {stage!r} must be a stage ({', '.join(STAGES)}).{near}")
 
 
@@ -163,7 +170,7 @@ def _build(where: str, stage: str, fields: Mapping[str, Any]) -> Stage:
     kind = STAGES[stage]
     for name in fields:
         if name not in kind.model_fields:
-            near = _nearest(str(name), kind.model_fields)
+            near = nearest(str(name), kind.model_fields)
             raise ConfigError(f"{where}: {stage} has no parameter {name!r}.{near}")
     try:
         return kind(**fields)
@@ -219,7 +226,8 @@ def _without_paths(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     return kept
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message that names the known word most like `word`, if one is."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {found[0]}?" if found else ""
 

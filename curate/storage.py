@@ -267,8 +267,9 @@ def commit_batches(
     callable
         Appends a table of that schema.
     """
-    raw = {field.name for field in schema if _is_raw(field.type)}
-    paths = [path for field in schema if field.name not in raw for path in _leaves(field)]
+    leaves = {path: kind for field in schema for path, kind in _leaves(field).items()}
+    raw = [path for path, kind in leaves.items() if _is_raw(kind)]
+    paths = [path for path, kind in leaves.items() if not _is_raw(kind)]
     compression = {**dict.fromkeys(raw, "NONE"), **dict.fromkeys(paths, "ZSTD")}
     if metadata:
         # Footers hold bytes: a str beside them would be a second key of the same name.
@@ -289,11 +290,14 @@ def commit_batches(
         )
 
 
-def _leaves(field: pa.Field) -> list[str]:
-    """Name a field's columns as Parquet does."""
+def _leaves(field: pa.Field) -> dict[str, pa.DataType]:
+    """Name a field's columns as Parquet does, with their types."""
     if pa.types.is_list(field.type):
-        return [f"{field.name}.list.element"]
-    return [field.name]
+        return {f"{field.name}.list.element": field.type.value_type}
+    if pa.types.is_struct(field.type):
+        inner = [_leaves(part) for part in field.type]
+        return {f"{field.name}.{path}": kind for part in inner for path, kind in part.items()}
+    return {field.name: field.type}
 
 
 def _is_raw(kind: pa.DataType) -> bool:

@@ -22,6 +22,7 @@ from tests.support import (
     list_tree,
     only_error,
     read_decisions,
+    read_folder,
     read_report,
     read_shards,
     read_summary,
@@ -262,7 +263,7 @@ def test_webdataset_holds_the_kept(changed: Run) -> None:
 
     rows = {row["uid"]: row for row in read_shards(changed.out).to_pylist()}
     uids = []
-    for path in sorted((changed.out / "webdataset").iterdir()):
+    for path in sorted((changed.out / "webdataset").glob("*.tar")):
         with path.open("rb") as file:
             stream = [{"url": path.name, "stream": file}]
             for sample in group_by_keys(tar_file_expander(stream)):
@@ -274,6 +275,22 @@ def test_webdataset_holds_the_kept(changed: Run) -> None:
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == 3 * len(rows)
     assert uids == list(rows)
+    sizes = json.loads((changed.out / "webdataset/sizes.json").read_text())
+    assert sizes == {"00000.tar": len(rows)}
+
+
+def test_export_holds_the_kept(full: Run, tmp_path: Path) -> None:
+    done = succeed("export", full.out, "--to", "hf", "--output", tmp_path / "hf")
+    assert done.stdout.splitlines()[0] == f"{len(read_shards(full.out))} samples in 1 files"
+    table = read_folder(tmp_path / "hf/data")
+    rows = {row["uid"]: row for row in table.to_pylist()}
+    assert len(rows) == len(table)
+    for row in read_shards(full.out).to_pylist():
+        image = row.pop("image")
+        found = rows.pop(row["uid"])
+        assert found.pop("image")["bytes"] == image
+        assert found == row
+    assert not rows
 
 
 def test_report_numbers_equal_the_decisions(full: Run) -> None:

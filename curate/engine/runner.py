@@ -16,7 +16,17 @@ from curate.engine.workers import ClusterOptions, Workers
 from curate.errors import CurateError, OutputError, ReconcileError, StorageError
 from curate.stages.base import Room, Stage, Step, Table
 
-__all__ = ["BoundStage", "Progress", "bind", "clean", "lock_output", "plan", "publish", "run"]
+__all__ = [
+    "BoundStage",
+    "Progress",
+    "bind",
+    "clean",
+    "lock_output",
+    "plan",
+    "publish",
+    "read_finished",
+    "run",
+]
 
 _LOG = logging.getLogger("curate")
 
@@ -177,8 +187,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def lock_output(out: str) -> Iterator[None]:
+def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterator[None]:
     """Hold OUT for this process; killed processes release it.
+
+    Parameters
+    ----------
+    mark, holds : str
+        The file by which OUT is known to be ours, and what it is the mark of.
 
     Raises
     ------
@@ -186,9 +201,9 @@ def lock_output(out: str) -> Iterator[None]:
         If OUT is not ours, not writable, or in use.
     """
     names = [name for name in storage.list_names(out) if not name.startswith(_BEFORE_RUN)]
-    if names and "run.json" not in names:
+    if names and mark not in names:
         raise OutputError(
-            f"{out}: must be empty or hold an earlier run; found {names[0]!r} and no run.json. "
+            f"{out}: must be empty or hold an earlier {holds}; found {names[0]!r} and no {mark}. "
             "Choose another --output."
         )
     try:
@@ -203,7 +218,7 @@ def lock_output(out: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise OutputError(
-            f"{out}: must not be in use; another run holds it. Wait for it, or choose another "
+            f"{out}: must not be in use; another {holds} holds it. Wait for it, or choose another "
             "--output."
         ) from error
     except OSError as error:
@@ -383,6 +398,24 @@ def _reconcile(counts: dict[str, Any]) -> None:
         )
 
 
+def read_finished(out: str) -> dict[str, Any]:
+    """Return `run.json` of a finished run.
+
+    Raises
+    ------
+    OutputError
+        If OUT holds no finished run.
+    """
+    path = storage.join(out, "run.json")
+    last: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
+    if last.get("status") != "finished":
+        raise OutputError(
+            f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
+            "remove the folder."
+        )
+    return last
+
+
 def clean(out: str) -> list[str]:
     """Remove stage folders that OUT's last finished run does not refer to; return their names.
 
@@ -391,13 +424,7 @@ def clean(out: str) -> list[str]:
     OutputError
         If OUT holds no finished run.
     """
-    path = storage.join(out, "run.json")
-    last = storage.read_json(path) if storage.exists(path) else {}
-    if last.get("status") != "finished":
-        raise OutputError(
-            f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
-            "remove the folder."
-        )
+    last = read_finished(out)
     used = {f"{name}-{table['fingerprint']}" for name, table in last["stages"].items()}
     removed = []
     for name in storage.list_names(storage.join(out, "stages")):

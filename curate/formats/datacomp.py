@@ -1,6 +1,12 @@
-"""DataComp's metadata: a Parquet file without images, and a `.npz` of vectors of the same name."""
+"""DataComp's metadata (Parquet without images, a `.npz` of vectors beside it) and its subsets.
 
-from collections.abc import Iterable
+A subset is a sorted `.npy` of uids as two 64-bit numbers; one that comes twice is taken twice.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
 
 from curate import storage
 from curate.errors import InputError
@@ -10,7 +16,19 @@ from curate.formats.index import Scan
 from curate.formats.parquet import read_rows
 from curate.formats.sources import File, Source, check_name, list_folder, parent, split_suffix
 
-__all__ = ["CHOICES", "find_stems", "group", "has_vectors", "open_vectors", "scan"]
+__all__ = [
+    "CHOICES",
+    "SUBSET",
+    "find_stems",
+    "group",
+    "has_vectors",
+    "open_vectors",
+    "pack_subset",
+    "scan",
+]
+
+#: What DataComp's resharder searches in.
+SUBSET = np.dtype("u8,u8")
 
 #: What may be chosen, the default first: arrays of images and of captions. `dedup` is a descriptor
 #: made to find copies (ISC), of images alone.
@@ -115,3 +133,16 @@ def open_vectors(source: Source, choice: str | None = None) -> Pair:
     image, text = CHOICES[found]
     has_text = text is not None and text in held
     return Pair(open_array(url, name, image), open_array(url, name, text) if has_text else None)
+
+
+def pack_subset(uids: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Return uids of 32 hex digits as DataComp's resharder reads them: packed and sorted.
+
+    Returns
+    -------
+    (N,) of `SUBSET`
+    """
+    halves = np.frombuffer(bytes.fromhex("".join(uids)), ">u8").reshape(-1, 2)
+    packed = np.empty(len(halves), SUBSET)
+    packed["f0"], packed["f1"] = halves[:, 0], halves[:, 1]
+    return np.sort(packed, order=("f0", "f1"))

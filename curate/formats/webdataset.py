@@ -1,6 +1,7 @@
 """WebDataset tars, with or without the table that img2dataset writes beside each."""
 
 import io
+import json
 import logging
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,19 @@ from curate.formats.index import Row, Scan
 from curate.formats.sources import File, Source, check_name, open_binary, split_suffix
 from curate.formats.tar import Member, Walk
 
-__all__ = ["Sample", "group", "read_images", "refuse_compressed", "scan", "write"]
+__all__ = [
+    "SIZES",
+    "Sample",
+    "group",
+    "read_images",
+    "refuse_compressed",
+    "scan",
+    "to_sample",
+    "write",
+]
+
+#: Beside tars: samples by file name, from which open_clip knows how long an epoch is.
+SIZES = "sizes.json"
 
 _log = logging.getLogger(__name__)
 
@@ -298,6 +311,17 @@ class Sample:
     image: bytes | None
     caption: str
     metadata: str
+
+
+def to_sample(row: dict[str, Any]) -> Sample:
+    """Return a row of `shards` keyed by uid, which is unique over a set and free of dots."""
+    fields = dict(row)
+    image = fields.pop("image")
+    # Loaders infer types from the first samples: a null there breaks the later ones.
+    known = {name: value for name, value in fields.items() if value is not None}
+    metadata = json.dumps(known, ensure_ascii=False)
+    suffix = None if image is None else index.image_suffix(image)
+    return Sample(row["uid"], suffix, image, row["caption"] or "", metadata)
 
 
 def write(path: str, samples: Iterable[Sample]) -> int:

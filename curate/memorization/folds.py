@@ -16,6 +16,7 @@ __all__ = [
     "block_masks",
     "draw_blocks",
     "draw_masks",
+    "draw_repeats",
     "hash_unit",
     "split_sides",
 ]
@@ -46,6 +47,25 @@ def hash_unit(keys: Sequence[str], seed: int, purpose: str) -> Array:
     # 53 bits are what a float64 in [0, 1) holds exactly.
     uniform: Array = (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
     return uniform
+
+
+def draw_repeats(keys: Sequence[str], weights: Array, seed: int, purpose: str) -> Array:
+    """Round each weight up or down at random, so that its expectation is the weight.
+
+    Parameters
+    ----------
+    keys : sequence of str, length N
+    weights : (N,) float, at least 0
+    seed, purpose
+        As `hash_unit` takes them.
+
+    Returns
+    -------
+    (N,) int64
+    """
+    whole = np.floor(weights)
+    repeats: Array = whole + (hash_unit(keys, seed, purpose) < weights - whole)
+    return repeats.astype(np.int64)
 
 
 def _check_proxies(proxies: int) -> None:

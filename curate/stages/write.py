@@ -1,7 +1,6 @@
 """write: the only stage that drops rows. Kept samples go to shards, every decision to a table."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -14,7 +13,6 @@ from pydantic import Field
 from curate import storage
 from curate.errors import SourceChangedError
 from curate.formats import webdataset
-from curate.formats.index import image_suffix
 from curate.schema import public_columns, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 
@@ -29,6 +27,7 @@ class Write(Stage):
     """Write kept samples with their original bytes, and the decision on every sample."""
 
     name: ClassVar[str] = "write"
+    version: ClassVar[int] = 2
     publishes: ClassVar[tuple[str, ...]] = ("decisions", "shards", "webdataset")
 
     shard_samples: int = Field(
@@ -86,7 +85,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
     count = -(-total // _stage(room).shard_samples)
     bounds = [total * i // count for i in range(count + 1)] if count else []
     starts = np.concatenate([[0], np.cumsum(kept)]).astype(int)
-    layout = []
+    layout: list[dict[str, Any]] = []
     for number, (first, end) in enumerate(pairwise(bounds)):
         parts = []
         for shard, start, stop in zip(shards, starts[:-1], starts[1:], strict=True):
@@ -95,6 +94,9 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
                 parts.append([shard, int(low - start), int(high - start)])
         layout.append({"name": f"{number:05d}", "samples": end - first, "parts": parts})
     storage.commit_json(room.path("layout.json"), layout)
+    if layout and _stage(room).webdataset:
+        sizes = {f"{shard['name']}.tar": shard["samples"] for shard in layout}
+        storage.commit_json(room.path("webdataset", webdataset.SIZES), sizes)
     return {"samples": total}
 
 
@@ -154,12 +156,6 @@ def _check_bytes(block: pa.Table, images: list[bytes | None]) -> None:
 
 
 def _tar_samples(room: Room, parts: list[list[Any]]) -> Iterator[webdataset.Sample]:
-    """Yield samples keyed by uid, which is unique over the set and free of dots."""
     for table in _kept_rows(room, parts):
-        for row in table.drop_columns([*_LOCATION, "keep"]).to_pylist():
-            image, caption = row.pop("image"), row["caption"] or ""
-            # Loaders infer types from the first samples: a null there breaks the later ones.
-            fields = {name: value for name, value in row.items() if value is not None}
-            metadata = json.dumps(fields, ensure_ascii=False)
-            suffix = None if image is None else image_suffix(image)
-            yield webdataset.Sample(row["uid"], suffix, image, caption, metadata)
+        rows = table.drop_columns([*_LOCATION, "keep"]).to_pylist()
+        yield from map(webdataset.to_sample, rows)

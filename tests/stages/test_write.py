@@ -183,7 +183,9 @@ def test_webdataset(tmp_path: Path) -> None:
     done = run(prepare(tmp_path, [i != 4 for i in range(9)], 5, shard_samples=4, webdataset=True))
     shards = done.shards()
     names = storage.list_names(done.room.path("webdataset"))
-    assert names == ["00000.tar", "00001.tar"]
+    assert names == ["00000.tar", "00001.tar", "sizes.json"]
+    sizes = storage.read_json(done.room.path("webdataset", names.pop()))
+    assert sizes == {name: len(shard) for name, shard in zip(names, shards, strict=True)}
     for name, shard in zip(names, shards, strict=True):
         with tarfile.open(done.room.path("webdataset", name)) as tar:
             members = {m.name: tar.extractfile(m) for m in tar}
