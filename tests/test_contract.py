@@ -433,7 +433,8 @@ def test_execution_only_fields_do_not(source: Path, tmp_path: Path) -> None:
         if isinstance(declared.json_schema_extra, dict)
         and declared.json_schema_extra.get("execution_only")
     }
-    assert marked == {("ingest", "inputs"), ("ingest", "root"), ("decontaminate", "inputs")}
+    paths = {("ingest", "inputs"), ("ingest", "root"), ("decontaminate", "inputs")}
+    assert marked == paths | {("dedup", "against")}
     copy = tmp_path / "elsewhere" / source.name
     copy.parent.mkdir()
     copy.write_bytes(source.read_bytes())
