@@ -40,7 +40,7 @@ def union(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ClusterOptions]:
     """One worker for all runs, which need not wait for it to start."""
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as found:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as found:
         yield ClusterOptions(scheduler=found.scheduler_address)
 
 
