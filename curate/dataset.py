@@ -12,7 +12,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from curate import storage
-from curate.engine.runner import read_finished
+from curate.engine.finished import read_finished
 from curate.errors import ConfigError, InputError
 from curate.formats.pixels import decode
 from curate.memorization.folds import draw_repeats, hash_unit

@@ -37,6 +37,7 @@ __all__ = [
     "exists",
     "expand_braces",
     "filesystem",
+    "has_direction",
     "is_local",
     "join",
     "join_aligned",
@@ -371,6 +372,13 @@ def read_vectors(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, Any], np.ndar
     if not valid.all():
         vectors = np.where(valid[:, None], vectors, np.float16(0))
     return vectors, valid
+
+
+def has_direction(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Tell which of (N, D) vectors can be compared, (N,) bool: not zeros, NaN or infinite."""
+    norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
+    found: np.ndarray[Any, Any] = np.isfinite(norms) & (norms > 0)
+    return found
 
 
 def join_aligned(tables: Iterable[tuple[str, pa.Table]]) -> pa.Table:

@@ -54,7 +54,7 @@ ALLOWED = {
     "decontaminate": r"(sources|evaluation)\.json",
     "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids)\.npy"
     r"|earlier_(uids|cosines)\.npy"
-    r"|caption_(sums|counts|clusters)\.npy|(queries|reach|groups|captions|any_two_captions)\.json"
+    r"|caption_agreement\.npy|(queries|reach|groups|captions)\.json"
     r"|(cells|detours|visits)/\d{5}\.npy|visits/\d{5}\.offsets\.npy|spots/\d{6}\.npy"
     rf"|(edges|earlier)/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",
     "select": r"decisions\.parquet|summary\.json",

@@ -16,7 +16,7 @@ with a line of text are left alone: arrows to the left and to the right, signs w
 no copies.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curate.dedup.registration import GRID_PX, Found, find, groups, merge
+from curate.dedup.registration import GRID_PX, Found, ReadImage, find, groups, merge
 
 __all__ = ["are_copies", "pixel_matches", "worst_differences"]
 
 Array = np.ndarray[Any, Any]
-_ReadImage = Callable[[int], Image.Image]
 
 #: Correlation with the best window below which nothing is expected of a pair.
 _LEAST_MATCH = 0.75
@@ -85,7 +84,7 @@ _LIT_PIXELS = 40
 def are_copies(
     left: Array,
     right: Array,
-    read_image: _ReadImage,
+    read_image: ReadImage,
     min_match: float | None,
     max_difference: float | None,
 ) -> Array:
@@ -141,7 +140,7 @@ class _Asked:
         )
 
 
-def _confirm(left: Array, right: Array, read_image: _ReadImage, asked: _Asked) -> Array:
+def _confirm(left: Array, right: Array, read_image: ReadImage, asked: _Asked) -> Array:
     one, other = (find(*ends, read_image, _LEAST_MATCH) for ends in ((left, right), (right, left)))
     # Of a picture and its crop only one can be found within the other: looking once is enough.
     swapped = other.expected > one.expected
@@ -156,7 +155,7 @@ def _confirm(left: Array, right: Array, read_image: _ReadImage, asked: _Asked) -
 
 
 def _looks(
-    outer: Array, inner: Array, read_image: _ReadImage, found: Found, asked: _Asked
+    outer: Array, inner: Array, read_image: ReadImage, found: Found, asked: _Asked
 ) -> Iterator[tuple["_Look", int]]:
     for name, pairs in groups(inner):
         image, targets = read_image(name), dict[int, _Target]()
@@ -177,7 +176,7 @@ def _without_colour(image: Image.Image) -> Image.Image:
     return image.convert("L").convert("RGB")
 
 
-def pixel_matches(left: Array, right: Array, read_image: _ReadImage) -> Array:
+def pixel_matches(left: Array, right: Array, read_image: ReadImage) -> Array:
     """Correlate pairs of pictures after searching one within the other.
 
     Returns
@@ -190,7 +189,7 @@ def pixel_matches(left: Array, right: Array, read_image: _ReadImage) -> Array:
     return np.maximum(one, other)
 
 
-def worst_differences(left: Array, right: Array, read_image: _ReadImage) -> Array:
+def worst_differences(left: Array, right: Array, read_image: ReadImage) -> Array:
     """Measure how much pairs of pictures differ where they differ most.
 
     Brightness and contrast count.

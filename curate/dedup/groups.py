@@ -15,6 +15,7 @@ __all__ = [
     "equal_value_edges",
     "label_clusters",
     "label_components",
+    "nearest_pairs",
     "unique_pairs",
     "walk",
 ]
@@ -43,6 +44,26 @@ def unique_pairs(left: Array, right: Array, cosines: Array) -> tuple[Array, Arra
     first = np.r_[True, (np.diff(low) != 0) | (np.diff(high) != 0)][: len(low)]
     proper = first & (low != high)
     return low[proper], high[proper], cosines[proper]
+
+
+def nearest_pairs(
+    left: Array, right: Array, cosines: Array, most: int
+) -> tuple[Array, Array, Array]:
+    """Keep of each left row's pairs those of the highest cosine; of equal ones the lower right row.
+
+    Parameters
+    ----------
+    left, right : (E,) int64
+    cosines : (E,) float32
+    most : int
+        Pairs of a left row that are kept.
+    """
+    order = np.lexsort((right, -cosines, left))
+    left, right, cosines = left[order], right[order], cosines[order]
+    first = np.flatnonzero(np.r_[True, np.diff(left) != 0][: len(left)])
+    place = np.arange(len(left)) - np.repeat(first, np.diff(np.r_[first, len(left)]))
+    near = place < most
+    return left[near], right[near], cosines[near]
 
 
 def equal_value_edges(values: Array, valid: Array) -> tuple[Array, Array]:

@@ -17,6 +17,8 @@ import faiss
 import numpy as np
 import torch
 
+from curate.dedup.groups import nearest_pairs
+
 __all__ = [
     "Rows",
     "assign_cells",
@@ -223,7 +225,7 @@ def pairs_within(
         for start in range(0, len(queries), _QUERY_ROWS):
             found = _block_pairs(queries, base, start, min_cosine)
             if most is not None:
-                found = _nearest(*found, most)
+                found = nearest_pairs(*found, most)
             left.append(found[0])
             right.append(found[1])
             cosines.append(found[2])
@@ -251,12 +253,3 @@ def _block_pairs(
         cosines[part] = exact_cosines(queries.stored[one[part]], base.stored[two[part]])
     reached = cosines >= np.float32(min_cosine)
     return one[reached], two[reached], cosines[reached]
-
-
-def _nearest(left: Array, right: Array, cosines: Array, most: int) -> tuple[Array, Array, Array]:
-    order = np.lexsort((right, -cosines, left))
-    left, right, cosines = left[order], right[order], cosines[order]
-    first = np.flatnonzero(np.r_[True, np.diff(left) != 0][: len(left)])
-    place = np.arange(len(left)) - np.repeat(first, np.diff(np.r_[first, len(left)]))
-    near = place < most
-    return left[near], right[near], cosines[near]

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from curate import storage
 from curate.config import nearest
+from curate.engine.finished import read_finished
 from curate.engine.manifest import provenance
-from curate.engine.runner import Progress, lock_output, read_finished
+from curate.engine.runner import Progress, lock_output
 from curate.errors import (
     AlignmentError,
     ConfigError,

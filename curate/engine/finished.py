@@ -13,8 +13,14 @@ __all__ = ["open_room", "read_finished", "rebuild_report"]
 _RESULTS = ("write", "report")
 
 
-def read_finished(out: str) -> dict[str, Any]:
+def read_finished(out: str, otherwise: str = "name another folder") -> dict[str, Any]:
     """Return what `run.json` holds.
+
+    Parameters
+    ----------
+    out : str
+    otherwise : str
+        What to do if the run is not to be finished.
 
     Raises
     ------
@@ -26,7 +32,7 @@ def read_finished(out: str) -> dict[str, Any]:
     if found.get("status") != "finished":
         raise OutputError(
             f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
-            "name another folder."
+            f"{otherwise}."
         )
     return found
 

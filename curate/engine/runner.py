@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from curate import storage
 from curate.config import Pipeline
+from curate.engine.finished import read_finished
 from curate.engine.manifest import fingerprint, is_complete, provenance
 from curate.engine.workers import ClusterOptions, Workers
 from curate.errors import CurateError, OutputError, ReconcileError, StorageError
@@ -24,7 +25,6 @@ __all__ = [
     "lock_output",
     "plan",
     "publish",
-    "read_finished",
     "run",
 ]
 
@@ -398,24 +398,6 @@ def _reconcile(counts: dict[str, Any]) -> None:
         )
 
 
-def read_finished(out: str) -> dict[str, Any]:
-    """Return `run.json` of a finished run.
-
-    Raises
-    ------
-    OutputError
-        If OUT holds no finished run.
-    """
-    path = storage.join(out, "run.json")
-    last: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
-    if last.get("status") != "finished":
-        raise OutputError(
-            f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
-            "remove the folder."
-        )
-    return last
-
-
 def clean(out: str) -> list[str]:
     """Remove stage folders that OUT's last finished run does not refer to; return their names.
 
@@ -424,7 +406,7 @@ def clean(out: str) -> list[str]:
     OutputError
         If OUT holds no finished run.
     """
-    last = read_finished(out)
+    last = read_finished(out, "remove the folder")
     used = {f"{name}-{table['fingerprint']}" for name, table in last["stages"].items()}
     removed = []
     for name in storage.list_names(storage.join(out, "stages")):

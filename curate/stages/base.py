@@ -2,15 +2,30 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from curate import storage
 from curate.formats import Vectors
 
-__all__ = ["Room", "Stage", "Step", "Table", "execution_only", "one_task", "shard_tasks"]
+__all__ = [
+    "OneOrMore",
+    "Room",
+    "Stage",
+    "Step",
+    "Table",
+    "execution_only",
+    "one_task",
+    "shard_tasks",
+]
+
+_Kind = TypeVar("_Kind", bound="Stage")
+#: Texts, of which one alone need not be written as a list.
+OneOrMore = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 
 def execution_only(default: Any, description: str, **limits: Any) -> Any:
@@ -57,6 +72,10 @@ class Room:
     missing: frozenset[str]
     threads: int = 1
     pipeline: "tuple[Stage, ...]" = ()
+
+    def find(self, kind: type[_Kind]) -> _Kind:
+        """Return the run's stage of a kind, which a step of another may ask for."""
+        return next(one for one in (self.stage, *self.pipeline) if isinstance(one, kind))
 
     def open_images(self, index: pa.Table) -> Iterator[bytes | None]:
         """Yield the original bytes of index rows, in order; None where there is no image."""

@@ -3,22 +3,22 @@
 It removes nothing: `select` drops what has a `contaminated_by`.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from curate import formats, storage
+from curate.dedup.registration import ReadImage
 from curate.errors import InputError
 from curate.formats.arrays import normalise
 from curate.formats.pixels import read_thumbnail
 from curate.formats.sources import Source, find_root, identify
 from curate.schema import select_schema
-from curate.stages.base import Room, Step, Table, execution_only, one_task, shard_tasks
+from curate.stages.base import OneOrMore, Room, Step, Table, execution_only, one_task, shard_tasks
 from curate.stages.embed import embed_images
 from curate.stages.ingest import (
     Ingest,
@@ -43,7 +43,7 @@ class Decontaminate(Likeness):
     name: ClassVar[str] = "decontaminate"
     version: ClassVar[int] = 2
 
-    inputs: tuple[str, ...] = execution_only(
+    inputs: OneOrMore = execution_only(
         (),
         "files, folders, patterns and fsspec URLs of the evaluation images, or of their vectors by "
         "the run's own model; none: nothing to do",
@@ -54,11 +54,6 @@ class Decontaminate(Likeness):
     vectors: VectorChoice = Field(
         None, description="which of DataComp's arrays are taken; default: as for `ingest.vectors`"
     )
-
-    @field_validator("inputs", mode="before")
-    @classmethod
-    def _wrap(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def reads(self) -> tuple[str, ...]:
         return ("image_emb", *(("thumbnail",) if self.asks_pixels else ()))
@@ -189,7 +184,7 @@ def _match(room: Room, shard: str) -> dict[str, float]:
     cosines = np.full(len(table), np.nan, np.float32)
     if paths:
         vectors, valid = storage.read_vectors(table["image_emb"])
-        own = np.flatnonzero(valid & np.isfinite(vectors).all(1))
+        own = np.flatnonzero(valid & storage.has_direction(vectors))
         queries = Rows.of(vectors[own])
     for path in paths:
         known = storage.read_table(path)
@@ -218,7 +213,7 @@ def _match(room: Room, shard: str) -> dict[str, float]:
     return {"samples": len(table), "contaminated": sum(name is not None for name in names)}
 
 
-def _thumbnail_reader(samples: pa.Table, known: pa.Table) -> Callable[[int], Image.Image]:
+def _thumbnail_reader(samples: pa.Table, known: pa.Table) -> ReadImage:
     """Read thumbnails of samples, and of evaluation images numbered after them."""
 
     @lru_cache(maxsize=4096)

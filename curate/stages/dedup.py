@@ -9,19 +9,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from curate import storage
 from curate.dedup import groups
 from curate.schema import select_schema
-from curate.stages.base import Room, Step, Table, execution_only, one_task, shard_tasks
+from curate.stages.base import OneOrMore, Room, Step, Table, execution_only, one_task, shard_tasks
 from curate.stages.dedup_earlier import open_runs
 from curate.stages.dedup_inputs import (
     dedup_stage,
     earlier_runs,
     read_edges,
+    read_known,
     read_nodes,
     read_spots,
+    shard_start,
     shard_starts,
     shard_vectors,
 )
@@ -35,7 +37,6 @@ from curate.stages.dedup_search import (
     known_tasks,
     measure_known_recall,
     measure_recall,
-    read_known,
     search_part,
     search_parts,
     spread_shard,
@@ -75,16 +76,11 @@ class Dedup(Likeness):
         ge=1,
     )
     seed: int = Field(0, description="draws the samples for centroids and recall")
-    against: tuple[str, ...] = execution_only(
+    against: OneOrMore = execution_only(
         (),
         "outputs of earlier runs: samples that duplicate what these kept are dropped; what those "
         "were compared with is included",
     )
-
-    @field_validator("against", mode="before")
-    @classmethod
-    def _wrap(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def reads(self) -> tuple[str, ...]:
         return ("image_emb", "sha256", *(("thumbnail",) if self.asks_pixels else ()))
@@ -114,7 +110,7 @@ class Dedup(Likeness):
             Step("spread", spread_shard, shard_tasks),
             Step("search", search_part, search_parts),
             Step("groups", _group, one_task),
-            Step("captions", _sum_captions, one_task),
+            Step("captions", _compare_captions, one_task),
             Step("table", _write_shard, shard_tasks),
         )
 
@@ -130,15 +126,16 @@ def _collapse(room: Room, task: str) -> dict[str, float]:
     """
     from curate.dedup.neighbors import row_digests
 
+    asks_pixels = dedup_stage(room).asks_pixels
     uids, digests, vectors, usable, seen = [], [], [], [], []
     for shard in room.shards():
         table = room.read(shard, ["sha256"])
         uids.append(table["uid"].to_numpy(zero_copy_only=False).astype("S32"))
         digests.append(_digests(table["sha256"]))
-        seen.append(table["sha256"].is_valid().to_numpy() & dedup_stage(room).asks_pixels)
+        seen.append(table["sha256"].is_valid().to_numpy() & asks_pixels)
         found, valid = shard_vectors(room, shard)
         usable.append(valid)
-        if not dedup_stage(room).asks_pixels:
+        if not asks_pixels:
             vectors.append(np.where(valid, row_digests(found), b""))
     valid = np.concatenate(usable)
     columns = [np.concatenate(parts) for parts in (digests, vectors) if parts]
@@ -228,102 +225,77 @@ def _describe(spots: groups.Spots, seed: int) -> dict[str, int]:
     return {"spots": len(spots.starts) - 1, "members": len(spots.rows), "pairs": round(pairs)}
 
 
-def _sum_captions(room: Room, task: str) -> dict[str, float]:
-    """Commit the sums of each cluster's caption vectors, and say how many contradict their copies.
+def _compare_captions(room: Room, task: str) -> dict[str, float]:
+    """Commit how each caption agrees with those of its picture's copies, and how many contradict.
 
     A caption does where it is no more like those of the same picture than like any other's.
     """
     labels, sizes = (storage.read_array(room.path(name)) for name in ("labels.npy", "sizes.npy"))
+    cluster = np.full(len(labels), -1)
     clusters, place = np.unique(labels[sizes > 1], return_inverse=True)
-    sums: Array | None = None
-    everything, total = np.zeros(1), 0
+    cluster[sizes > 1] = place
+    sums, everything, total = np.zeros((len(clusters), 1), np.float32), np.zeros(1), 0
     counts = np.zeros(len(clusters), np.int64)
-    where = np.full(len(labels), -1)
-    where[sizes > 1] = place
-    for _, rows, vectors in _caption_vectors(room):
-        if sums is None:
+    for rows, vectors in _caption_vectors(room):
+        if total == 0:
             sums = np.zeros((len(clusters), vectors.shape[1]), np.float32)
         everything, total = everything + vectors.sum(0, np.float64), total + len(vectors)
-        own = where[rows] >= 0
-        np.add.at(sums, where[rows[own]], vectors[own])
-        np.add.at(counts, where[rows[own]], 1)
-    if sums is None:
-        sums = np.zeros((len(clusters), 1), np.float32)
-    storage.commit_array(room.path("caption_sums.npy"), sums)
-    storage.commit_array(room.path("caption_counts.npy"), counts)
-    storage.commit_array(room.path("caption_clusters.npy"), where)
+        own = np.flatnonzero(cluster[rows] >= 0)
+        np.add.at(sums, cluster[rows[own]], vectors[own])
+        np.add.at(counts, cluster[rows[own]], 1)
+    agreement = np.full(len(labels), np.nan, np.float32)
+    for rows, vectors in _caption_vectors(room):
+        own = np.flatnonzero(cluster[rows] >= 0)
+        others = counts[cluster[rows[own]]] - 1
+        own, others = own[others > 0], others[others > 0]
+        rows = rows[own]
+        agreement[rows] = ((vectors[own] * sums[cluster[rows]]).sum(1) - 1) / others
+    storage.commit_array(room.path("caption_agreement.npy"), agreement.clip(-1, 1))
     any_two = float((everything**2).sum() - total) / (total * (total - 1)) if total > 1 else None
-    storage.commit_json(room.path("any_two_captions.json"), any_two)
-    contradict = compared = 0
-    if any_two is not None:
-        for shard, *_ in _caption_vectors(room):
-            agreement = _caption_agreement(room, shard)
-            compared += int(np.isfinite(agreement).sum())
-            contradict += int((agreement <= any_two).sum())
-    storage.commit_json(
-        room.path("captions.json"),
-        {
-            "captions_of_copies": {
-                "compared": compared,
-                "contradict": contradict,
-                "any_two": any_two,
-            }
-        },
-    )
+    found = {
+        "compared": int(np.isfinite(agreement).sum()),
+        "contradict": 0 if any_two is None else int((agreement <= any_two).sum()),
+        "any_two": any_two,
+    }
+    storage.commit_json(room.path("captions.json"), {"captions_of_copies": found})
     return {"samples": len(labels)}
 
 
-def _caption_vectors(room: Room) -> Iterator[tuple[str, Array, Array]]:
-    """Yield shard, global rows and unit vectors of the captions that have one."""
+def _caption_vectors(room: Room) -> Iterator[tuple[Array, Array]]:
+    """Yield, shard by shard, global rows and unit vectors of the captions that have one."""
     from curate.dedup.neighbors import unit_rows
 
     if not room.has("text_emb"):
         return
     for shard, start in zip(room.shards(), shard_starts(room), strict=False):
         vectors, valid = storage.read_vectors(room.read(shard, ["text_emb"])["text_emb"])
-        usable = np.flatnonzero(valid & np.isfinite(vectors).all(1) & vectors.any(1))
-        yield shard, start + usable, unit_rows(vectors[usable])
-
-
-def _caption_agreement(room: Room, shard: str) -> Array:
-    """(N,) float32: mean cosine of each caption to those of its picture's copies; NaN: none."""
-    from curate.dedup.neighbors import unit_rows
-
-    start = shard_starts(room)[room.shards().index(shard)]
-    vectors, valid = storage.read_vectors(room.read(shard, ["text_emb"])["text_emb"])
-    cluster = storage.read_array(room.path("caption_clusters.npy"))[start : start + len(vectors)]
-    usable = valid & np.isfinite(vectors).all(1) & vectors.any(1) & (cluster >= 0)
-    rows = np.flatnonzero(usable)
-    others = storage.read_array(room.path("caption_counts.npy"))[cluster[rows]] - 1
-    rows, others = rows[others > 0], others[others > 0]
-    agreement = np.full(len(vectors), np.nan, np.float32)
-    if len(rows):
-        own = unit_rows(vectors[rows])
-        sums = storage.read_array(room.path("caption_sums.npy"))[cluster[rows]]
-        agreement[rows] = ((own * sums).sum(1) - 1) / others
-    return agreement.clip(-1, 1)
+        usable = np.flatnonzero(valid & storage.has_direction(vectors))
+        if len(usable):
+            yield start + usable, unit_rows(vectors[usable])
 
 
 def _write_shard(room: Room, shard: str) -> dict[str, float]:
-    start = shard_starts(room)[room.shards().index(shard)]
-    uids = room.read(shard, [])
-    span = slice(start, start + len(uids))
-    names = storage.read_array(room.path("cluster_uids.npy"))[span].astype(str)
-    sizes = storage.read_array(room.path("sizes.npy"))[span]
-    agreement = (
-        _caption_agreement(room, shard) if room.has("text_emb") else np.full(len(uids), np.nan)
+    start = shard_start(room, shard)
+    table = room.read(shard, [])
+    span = slice(start, start + len(table))
+    names, sizes, agreement, earlier, nearness = (
+        storage.read_array(room.path(f"{name}.npy"))[span]
+        for name in (
+            "cluster_uids",
+            "sizes",
+            "caption_agreement",
+            "earlier_uids",
+            "earlier_cosines",
+        )
     )
-    earlier = storage.read_array(room.path("earlier_uids.npy"))[span].astype(str)
-    nearness = storage.read_array(room.path("earlier_cosines.npy"))[span]
     columns = (
-        names,
+        names.astype(str),
         sizes,
         pa.array(agreement, pa.float32(), from_pandas=True),
-        pa.array(earlier, pa.string(), mask=earlier == ""),
+        pa.array(earlier.astype(str), pa.string(), mask=earlier == b""),
         pa.array(nearness, pa.float32(), from_pandas=True),
     )
-    table = uids
     for field, column in zip(select_schema(room.stage.writes()), columns, strict=True):
         table = table.append_column(field, pa.array(column, field.type))
     room.commit_shard("dedup", shard, table)
-    return {"samples": len(uids)}
+    return {"samples": len(table)}

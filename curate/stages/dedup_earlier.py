@@ -18,7 +18,7 @@ from curate import storage
 from curate.errors import InputError
 from curate.formats.pixels import read_thumbnail
 
-__all__ = ["Earlier", "locate", "open_runs"]
+__all__ = ["Earlier", "count_rows", "locate", "open_runs", "read_copies"]
 
 Array = np.ndarray[Any, Any]
 
@@ -50,18 +50,19 @@ class Earlier:
         return storage.join(self.out, "stages", f"{table}-{self.tables[table]}", *names)
 
     @cached_property
+    def _layout(self) -> dict[str, Any]:
+        found: dict[str, Any] = storage.read_json(self.path("ingest", "layout.json"))
+        return found
+
+    @cached_property
     def starts(self) -> list[int]:
         """Row at which each of its shards starts, and the total."""
-        starts = [0]
-        for shard in storage.read_json(self.path("ingest", "layout.json"))["shards"]:
-            starts.append(starts[-1] + shard["samples"])
-        return starts
+        return count_rows(self._layout)
 
     @cached_property
     def shards(self) -> list[str]:
         """Names of its shards."""
-        layout = storage.read_json(self.path("ingest", "layout.json"))
-        return [shard["name"] for shard in layout["shards"]]
+        return [shard["name"] for shard in self._layout["shards"]]
 
     @cached_property
     def kept(self) -> Array:
@@ -81,7 +82,7 @@ class Earlier:
             self.path("embed.vectors", "shards", f"{shard}.parquet"), ["image_emb"]
         )
         vectors, valid = storage.read_vectors(table["image_emb"])
-        usable = valid[rows] & np.isfinite(vectors[rows]).all(1) & vectors[rows].any(1)
+        usable = valid[rows] & storage.has_direction(vectors[rows])
         return start + rows[usable], vectors[rows[usable]]
 
     def uids(self, rows: Array) -> list[str]:
@@ -96,15 +97,11 @@ class Earlier:
                 found[inside] = uids[kept[inside] - start].astype("S32")
         return [uid.decode() for uid in found.tolist()]
 
-    def visits(self, part: int) -> list[Array]:
-        """Vectors of kept samples where they are compared in one task, shard by shard."""
-        found = []
-        for shard in self.shards:
-            offsets = storage.read_array(self.path("dedup", "visits", f"{shard}.offsets.npy"))
-            path = self.path("dedup", "visits", f"{shard}.npy")
-            copies = storage.read_array_rows(path, int(offsets[part]), int(offsets[part + 1]))
-            found.append(copies[self.kept[copies["row"]] >= 0])
-        return found
+    def copies(self, part: int) -> tuple[Array, Array, Array]:
+        """Vectors, rows and visited cells of kept samples that are compared in one task."""
+        vectors, rows, cells = read_copies(self.path("dedup"), self.shards, part)
+        kept = self.kept[rows] >= 0
+        return vectors[kept], rows[kept], cells[kept]
 
     def thumbnail(self, row: int) -> Image.Image:
         """Return the thumbnail of a row."""
@@ -119,6 +116,40 @@ class Earlier:
             return storage.read_table(path, ["thumbnail"])["thumbnail"]
 
         return read
+
+
+def count_rows(layout: dict[str, Any]) -> list[int]:
+    """Return the global row at which each shard of a run starts, and the total at the end."""
+    starts = [0]
+    for shard in layout["shards"]:
+        starts.append(starts[-1] + shard["samples"])
+    return starts
+
+
+def read_copies(folder: str, shards: Sequence[str], part: int) -> tuple[Array, Array, Array]:
+    """Read what dedup copied for one task, from the folder of a run's table.
+
+    Returns
+    -------
+    vectors : (N, D) float16
+    rows : (N,) int64
+        Of the run.
+    cells : (N, C) int32
+        Visited ones, the home first; -1 after the last.
+    """
+    found = []
+    for shard in shards:
+        path = storage.join(folder, "visits", f"{shard}.npy")
+        offsets = storage.read_array(storage.join(folder, "visits", f"{shard}.offsets.npy"))
+        found.append(storage.read_array_rows(path, int(offsets[part]), int(offsets[part + 1])))
+    slots = max(copies["cells"].shape[1] for copies in found)
+    cells = np.full((sum(map(len, found)), slots), -1, np.int32)
+    start = 0
+    for copies in found:
+        cells[start : start + len(copies), : copies["cells"].shape[1]] = copies["cells"]
+        start += len(copies)
+    vectors = np.concatenate([copies["vector"] for copies in found])
+    return vectors, np.concatenate([copies["row"] for copies in found]), cells
 
 
 def locate(runs: Sequence[Earlier], first: int, row: int) -> tuple[Earlier, int]:

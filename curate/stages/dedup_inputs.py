@@ -1,7 +1,6 @@
 """What the steps of `dedup` read, and what they leave for others to read."""
 
 import bisect
-from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +10,30 @@ from PIL import Image
 
 from curate import storage
 from curate.dedup import groups
+from curate.dedup.registration import ReadImage
 from curate.formats.pixels import read_thumbnail
 from curate.memorization.folds import hash_unit
 from curate.stages.base import Room
-from curate.stages.dedup_earlier import Earlier, locate, open_runs
+from curate.stages.dedup_earlier import Earlier, count_rows, locate, open_runs
 
 if TYPE_CHECKING:
     from curate.stages.dedup import Dedup
 
 __all__ = [
     "commit_edges",
+    "commit_spots",
     "dedup_stage",
     "draw_vectors",
     "earlier_runs",
     "read_edges",
+    "read_known",
     "read_nodes",
     "read_pixels",
     "read_spots",
     "searched_vectors",
+    "shard_start",
     "shard_starts",
     "shard_vectors",
-    "spot_type",
     "thumbnail_reader",
 ]
 
@@ -42,7 +44,7 @@ def dedup_stage(room: Room) -> "Dedup":
     """Return the run's own, as it judges the run's samples; a later stage may ask for it too."""
     from curate.stages.dedup import Dedup
 
-    stage = next(stage for stage in (room.stage, *room.pipeline) if isinstance(stage, Dedup))
+    stage = room.find(Dedup)
     return stage.without_pixels() if room.has_source_vectors() else stage
 
 
@@ -58,41 +60,38 @@ def earlier_runs(room: Room) -> list[Earlier]:
 
 def shard_starts(room: Room) -> list[int]:
     """Global row at which each shard starts, and the total at the end."""
-    layout = storage.read_json(storage.join(room.folders["ingest"], "layout.json"))
-    starts = [0]
-    for shard in layout["shards"]:
-        starts.append(starts[-1] + shard["samples"])
-    return starts
+    return count_rows(room.layout())
+
+
+def shard_start(room: Room, shard: str) -> int:
+    """Global row at which a shard starts."""
+    return shard_starts(room)[room.shards().index(shard)]
 
 
 def shard_vectors(room: Room, shard: str) -> tuple[Array, Array]:
     """(N, D) float16 and (N,) bool; zero and non-finite vectors count as missing."""
     vectors, valid = storage.read_vectors(room.read(shard, ["image_emb"])["image_emb"])
-    norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
-    return vectors, valid & np.isfinite(norms) & (norms > 0)
+    return vectors, valid & storage.has_direction(vectors)
 
 
 def searched_vectors(room: Room, shard: str) -> tuple[Array, Array]:
     """As `shard_vectors`, but only one of equal samples counts."""
+    return _first_of_equals(room, shard, shard_start(room, shard), read_nodes(room))
+
+
+def _first_of_equals(room: Room, shard: str, start: int, nodes: Array) -> tuple[Array, Array]:
     vectors, valid = shard_vectors(room, shard)
-    start = shard_starts(room)[room.shards().index(shard)]
     own = np.arange(start, start + len(vectors))
-    return vectors, valid & (read_nodes(room)[own] == own)
-
-
-def _hash_ranks(room: Room, shard: str, purpose: str) -> Array:
-    """(N,) float64, uniform, a function of seed and uid alone."""
-    uids = room.read(shard, [])["uid"].to_pylist()
-    return hash_unit(uids, dedup_stage(room).seed, purpose)
+    return vectors, valid & (nodes[own] == own)
 
 
 def draw_vectors(room: Room, count: int, purpose: str) -> tuple[Array, Array]:
     """Return the vectors with the `count` smallest hashes, and their global rows, in that order."""
-    starts = shard_starts(room)
+    seed, nodes = dedup_stage(room).seed, read_nodes(room)
     ranks, rows, parts = [], [], []
-    for shard, start in zip(room.shards(), starts, strict=False):
-        vectors, valid = searched_vectors(room, shard)
-        hashes = _hash_ranks(room, shard, purpose)
+    for shard, start in zip(room.shards(), shard_starts(room), strict=False):
+        vectors, valid = _first_of_equals(room, shard, start, nodes)
+        hashes = hash_unit(room.read(shard, [])["uid"].to_pylist(), seed, purpose)
         # No shard can give more than all of the draw; this bounds what is held.
         chosen = np.flatnonzero(valid)
         chosen = chosen[np.argsort(hashes[chosen], kind="stable")[:count]]
@@ -129,10 +128,17 @@ def read_pixels(room: Room) -> Array:
     return found
 
 
-def spot_type(width: int) -> np.dtype[Any]:
-    """One member of one spot, as stored; `spot` counts within its file."""
-    kinds = [("spot", "<i4"), ("row", "<i8"), ("min_cosine", "<f4"), ("vector", "<f2", (width,))]
-    return np.dtype(kinds)
+def commit_spots(room: Room, task: str, spots: list[Array], rows: Array, vectors: Array) -> None:
+    """Commit the spots of one task, given as places in the rows and vectors that it compared."""
+    kinds = [("spot", "<i4"), ("row", "<i8"), ("min_cosine", "<f4")]
+    members = np.zeros(
+        sum(map(len, spots)), np.dtype([*kinds, ("vector", "<f2", (vectors.shape[1],))])
+    )
+    chosen = np.concatenate([*spots, np.zeros(0, np.int64)])
+    members["spot"] = np.repeat(np.arange(len(spots)), [len(spot) for spot in spots])
+    members["min_cosine"] = dedup_stage(room).min_cosine
+    members["row"], members["vector"] = rows[chosen], vectors[chosen]
+    storage.commit_array(room.path("spots", f"{task}.npy"), members)
 
 
 def read_spots(room: Room) -> groups.Spots:
@@ -152,7 +158,7 @@ def read_spots(room: Room) -> groups.Spots:
     )
 
 
-def thumbnail_reader(room: Room) -> Callable[[int], Image.Image]:
+def thumbnail_reader(room: Room) -> ReadImage:
     """Return a function that reads the thumbnail of a global row, earlier runs' after the own."""
     starts, shards, runs = shard_starts(room), room.shards(), earlier_runs(room)
 
@@ -173,15 +179,29 @@ def thumbnail_reader(room: Room) -> Callable[[int], Image.Image]:
 
 def commit_edges(room: Room, name: str, left: Array, right: Array, cosines: Array) -> None:
     """Commit pairs of global rows."""
-    table = pa.table({"left_row": left, "right_row": right, "cosine": cosines})
+    ends = {"left_row": left, "right_row": right}
+    table = pa.table({**ends, "cosine": pa.array(cosines, pa.float32())})
     storage.commit_table(room.path(name), table)
+
+
+def _read_pairs(room: Room, folder: str) -> tuple[Array, Array, Array]:
+    path = storage.join(room.folders["dedup"], folder)
+    tables = [storage.read_table(storage.join(path, n)) for n in storage.list_names(path)]
+    if not tables:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    edges = pa.concat_tables(tables)
+    return (
+        edges["left_row"].to_numpy(),
+        edges["right_row"].to_numpy(),
+        edges["cosine"].to_numpy(),
+    )
 
 
 def read_edges(room: Room, folder: str) -> tuple[Array, Array, Array]:
     """Return all edges of a folder, once each, sorted: rows, rows, cosines."""
-    path = storage.join(room.folders["dedup"], folder)
-    tables = [storage.read_table(storage.join(path, n)) for n in storage.list_names(path)]
-    edges = pa.concat_tables(tables)
-    return groups.unique_pairs(
-        edges["left_row"].to_numpy(), edges["right_row"].to_numpy(), edges["cosine"].to_numpy()
-    )
+    return groups.unique_pairs(*_read_pairs(room, folder))
+
+
+def read_known(room: Room, folder: str) -> tuple[Array, Array, Array]:
+    """Return the earlier sample nearest to each row that has one, over all files of a folder."""
+    return groups.nearest_pairs(*_read_pairs(room, folder), most=1)

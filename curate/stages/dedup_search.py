@@ -4,31 +4,33 @@ Only pairs whose cells are near each other are compared. Every vector is copied,
 to where it is at home and to where it visits, so that a task reads what it compares and no more.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-from PIL import Image
 
 from curate import storage
 from curate.dedup import groups
+from curate.dedup.registration import ReadImage
 from curate.errors import InputError
 from curate.stages.base import Room
-from curate.stages.dedup_earlier import Earlier
+from curate.stages.dedup_earlier import Earlier, read_copies
 from curate.stages.dedup_inputs import (
     commit_edges,
+    commit_spots,
     dedup_stage,
     draw_vectors,
     earlier_runs,
     read_edges,
+    read_known,
     searched_vectors,
+    shard_start,
     shard_starts,
     shard_vectors,
-    spot_type,
     thumbnail_reader,
 )
+from curate.stages.embed import Embed
 
 if TYPE_CHECKING:
     from curate.dedup.neighbors import Rows
@@ -43,7 +45,6 @@ __all__ = [
     "known_tasks",
     "measure_known_recall",
     "measure_recall",
-    "read_known",
     "search_part",
     "search_parts",
     "spread_shard",
@@ -105,6 +106,7 @@ def train_cells(room: Room, task: str) -> dict[str, float]:
 
 def _check_runs(room: Room, runs: list[Earlier], width: int) -> None:
     """Refuse earlier runs whose vectors or cells are not of one space with this run's."""
+    encoder = room.find(Embed).encoder
     centroids = [storage.read_array(run.path("dedup", "centroids.npy")) for run in runs]
     for run, theirs in zip(runs, centroids, strict=True):
         if room.folders["dedup"] == run.path("dedup"):
@@ -117,11 +119,10 @@ def _check_runs(room: Room, runs: list[Earlier], width: int) -> None:
                 f"{run.out}: must have vectors as wide as this run's, {width} (dedup.against); got "
                 f"{theirs.shape[1]}. Embed both by one encoder."
             )
-        ours = next(stage for stage in room.pipeline if hasattr(stage, "encoder")).encoder
-        if run.encoder != ours:
+        if run.encoder != encoder:
             raise InputError(
-                f"{run.out}: must be embedded by this run's encoder, {ours} (dedup.against); got "
-                f"{run.encoder}. Embed both by one encoder."
+                f"{run.out}: must be embedded by this run's encoder, {encoder} (dedup.against); "
+                f"got {run.encoder}. Embed both by one encoder."
             )
         if not np.array_equal(theirs, centroids[0]):
             raise InputError(
@@ -183,7 +184,7 @@ def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[st
     stage = dedup_stage(room)
     queries = np.asarray(storage.read_array(room.path("queries.npy"))[first:end])
     rows = np.asarray(storage.read_array(room.path("query_rows.npy"))[first:end])
-    start = shard_starts(room)[room.shards().index(shard)]
+    start = shard_start(room, shard)
     vectors, valid = searched_vectors(room, shard)
     base = np.flatnonzero(valid)
     left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
@@ -232,7 +233,7 @@ def _nearest_known(
     own: "Rows",
     known_rows: Array,
     known: "Rows",
-    thumbnails: Callable[[int], Image.Image],
+    thumbnails: ReadImage,
 ) -> tuple[Array, Array, Array]:
     """Of each of some samples the nearest earlier one that counts: rows, rows, cosines."""
     from curate.dedup.neighbors import pairs_within
@@ -244,25 +245,7 @@ def _nearest_known(
         found = pairs_within(own, known, stage.min_cosine, room.threads, most)
         left, right, cosines = rows[found[0]], known_rows[found[1]], found[2]
     confirmed = stage.confirm(left, right, thumbnails)
-    return _nearest_of(left[confirmed], right[confirmed], cosines[confirmed])
-
-
-def _nearest_of(left: Array, right: Array, cosines: Array) -> tuple[Array, Array, Array]:
-    """Keep the nearest pair of each left row; of equally near ones the first."""
-    order = np.lexsort((right, -cosines, left))
-    left, right, cosines = left[order], right[order], cosines[order]
-    first = np.r_[True, np.diff(left) != 0][: len(left)]
-    return left[first], right[first], cosines[first]
-
-
-def read_known(room: Room, folder: str) -> tuple[Array, Array, Array]:
-    """Return the earlier sample nearest to each row that has one, over all files of a folder."""
-    path = room.path(folder)
-    tables = [storage.read_table(storage.join(path, name)) for name in storage.list_names(path)]
-    if not tables:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    both = pa.concat_tables(tables)
-    return _nearest_of(*(both[name].to_numpy() for name in ("left_row", "right_row", "cosine")))
+    return groups.nearest_pairs(left[confirmed], right[confirmed], cosines[confirmed], most=1)
 
 
 def choose_reach(room: Room, task: str) -> dict[str, float]:
@@ -375,7 +358,7 @@ def spread_shard(room: Room, shard: str) -> dict[str, float]:
     keys = np.unique(part * len(vectors) + row)
     part, row = np.divmod(keys, max(1, len(vectors)))
     copies = np.empty(len(row), _visit_type(visited.shape[1], vectors.shape[1]))
-    copies["row"] = shard_starts(room)[room.shards().index(shard)] + row
+    copies["row"] = shard_start(room, shard) + row
     copies["cells"], copies["vector"] = visited[row], vectors[row]
     storage.commit_array(room.path("visits", f"{shard}.npy"), copies)
     offsets = np.searchsorted(part, np.arange(len(parts)))
@@ -395,21 +378,18 @@ def search_parts(room: Room) -> list[str]:
     return [f"{number:06d}" for number in range(parts)]
 
 
-def _read_visits(room: Room, part: int) -> tuple[Array, Array, Array]:
-    """Vectors, global rows and visited cells (-1: none) of all that is compared in one task."""
-    found = []
-    for shard in room.shards():
-        offsets = storage.read_array(room.path("visits", f"{shard}.offsets.npy"))
-        path = room.path("visits", f"{shard}.npy")
-        found.append(storage.read_array_rows(path, int(offsets[part]), int(offsets[part + 1])))
-    slots = max(copies["cells"].shape[1] for copies in found)
-    cells = np.full((sum(map(len, found)), slots), -1, np.int32)
-    start = 0
-    for copies in found:
-        cells[start : start + len(copies), : copies["cells"].shape[1]] = copies["cells"]
-        start += len(copies)
-    vectors = np.concatenate([copies["vector"] for copies in found])
-    return vectors, np.concatenate([copies["row"] for copies in found]), cells
+def _by_cell(cells: Array, first: int, end: int) -> Iterator[tuple[Array, Array]]:
+    """Yield, of each cell from `first` to `end`, who is compared in it, and who is at home there.
+
+    Places (K,) int64, in order, and (K,) bool; of (N, C) visited cells.
+    """
+    row, slot = np.nonzero((cells >= first) & (cells < end))
+    visited = cells[row, slot]
+    order = np.argsort(visited, kind="stable")
+    bounds = np.searchsorted(visited[order], np.arange(first, end + 1))
+    for start, stop in pairwise(bounds.tolist()):
+        chosen = order[start:stop]
+        yield row[chosen], slot[chosen] == 0
 
 
 def search_part(room: Room, task: str) -> dict[str, float]:
@@ -419,20 +399,14 @@ def search_part(room: Room, task: str) -> dict[str, float]:
 
     stage = dedup_stage(room)
     first, end = storage.read_array(room.path("parts.npy"))[int(task) : int(task) + 2].tolist()
-    vectors, rows, cells = _read_visits(room, int(task))
+    vectors, rows, cells = read_copies(room.path(), room.shards(), int(task))
     everything = Rows.of(vectors)
     thumbnails = thumbnail_reader(room)
     most = stage.max_candidates if stage.asks_pixels else None
     left, right, cosines = [], [], []
     spots: list[Array] = []
-    row, slot = np.nonzero((cells >= first) & (cells < end))
-    visited = cells[row, slot]
-    order = np.argsort(visited, kind="stable")
-    bounds = np.searchsorted(visited[order], np.arange(first, end + 1))
-    for start, stop in pairwise(bounds.tolist()):
-        around = row[order[start:stop]]
-        members = np.flatnonzero(slot[order[start:stop]] == 0)
-        if len(members) == 0:
+    for around, at_home in _by_cell(cells, first, end):
+        if not at_home.any():
             continue
 
         def confirm(one: Array, two: Array, around: Array = around) -> Array:
@@ -440,7 +414,7 @@ def search_part(room: Room, task: str) -> dict[str, float]:
 
         found = search_cell(
             everything.take(around),
-            members,
+            np.flatnonzero(at_home),
             stage.min_cosine,
             room.threads,
             most,
@@ -456,42 +430,32 @@ def search_part(room: Room, task: str) -> dict[str, float]:
     confirmed = stage.confirm(low, high, thumbnails)
     edges = (low[confirmed], high[confirmed], values[confirmed])
     commit_edges(room, f"edges/{task}.parquet", *edges)
-    known = _search_earlier(room, int(task), everything, rows, cells, (first, end))
+    known = _search_earlier(room, task, everything, rows, cells, thumbnails)
     commit_edges(room, f"earlier/{task}.parquet", *known)
-    members_of = np.zeros(sum(map(len, spots)), spot_type(vectors.shape[1]))
-    members_of["spot"] = np.repeat(np.arange(len(spots)), [len(spot) for spot in spots])
-    members_of["min_cosine"] = stage.min_cosine
-    chosen = _join(spots)
-    members_of["row"], members_of["vector"] = rows[chosen], vectors[chosen]
-    storage.commit_array(room.path("spots", f"{task}.npy"), members_of)
+    commit_spots(room, task, spots, rows, vectors)
     home = int(((cells[:, 0] >= first) & (cells[:, 0] < end)).sum())
     return {"samples": home, "candidates": len(low), "edges": int(confirmed.sum())}
 
 
 def _search_earlier(
-    room: Room, part: int, own: "Rows", rows: Array, cells: Array, bounds: tuple[int, int]
+    room: Room, task: str, own: "Rows", rows: Array, cells: Array, thumbnails: ReadImage
 ) -> tuple[Array, Array, Array]:
     """Find the nearest earlier sample of those that are compared in one task."""
     from curate.dedup.neighbors import Rows
 
-    found, thumbnails = [], thumbnail_reader(room)
+    first, end = storage.read_array(room.path("parts.npy"))[int(task) : int(task) + 2].tolist()
+    found = []
     for number, run in enumerate(earlier_runs(room)):
-        first = _first_row(room, number)
-        for copies in run.visits(part):
-            theirs = Rows.of(np.ascontiguousarray(copies["vector"]))
-            for cell in range(*bounds):
-                # One of the two is at home in the cell, the other visits it or is at home too.
-                here, there = (cells == cell).any(1), (copies["cells"] == cell).any(1)
-                home, their_home = cells[:, 0] == cell, copies["cells"][:, 0] == cell
-                for one, two in ((here, their_home), (home, there & ~their_home)):
-                    ours, known = np.flatnonzero(one), np.flatnonzero(two)
-                    if len(ours) and len(known):
-                        mine = rows[ours], own.take(ours)
-                        known_ones = first + copies["row"][known], theirs.take(known)
-                        found.append(_nearest_known(room, *mine, *known_ones, thumbnails))
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return _nearest_of(*(np.concatenate(ends) for ends in zip(*found, strict=True)))
+        vectors, their_rows, their_cells = run.copies(int(task))
+        theirs, their_rows = Rows.of(vectors), _first_row(room, number) + their_rows
+        both = zip(_by_cell(cells, first, end), _by_cell(their_cells, first, end), strict=True)
+        for (here, home), (there, their_home) in both:
+            # One of the two is at home in the cell, the other visits it or is at home too.
+            for one, two in ((here, there[their_home]), (here[home], there[~their_home])):
+                mine, known = (rows[one], own.take(one)), (their_rows[two], theirs.take(two))
+                found.append(_nearest_known(room, *mine, *known, thumbnails))
+    left, right, cosines = (_join([pairs[end] for pairs in found]) for end in range(3))
+    return groups.nearest_pairs(left, right, cosines, most=1)
 
 
 def _join(parts: list[Array]) -> Array:
@@ -514,28 +478,25 @@ def measure_recall(room: Room, left: Array, right: Array, spots: groups.Spots) -
     found = np.isin(true_left * total + true_right, left * total + right)
     found |= spots.contain(true_left, true_right)
     pairs, query = _asked_ends(room, true_left, true_right)
-    if len(pairs) == 0:  # where nothing has a copy nothing was missed
-        return {"rows": 0, "recall": None, "interval": None, "reached": True}
-    shares = np.bincount(query, found[pairs]) / np.bincount(query)
-    recall = float(shares.mean())
-    return {
-        "rows": len(shares),
-        "recall": recall,
-        "interval": _interval(recall, len(shares)),
-        "reached": recall >= dedup_stage(room).target_recall,
-    }
+    counts = np.bincount(query)
+    return _describe_recall(room, np.bincount(query, found[pairs], len(counts)) / counts)
 
 
 def measure_known_recall(room: Room, rows: Array) -> dict[str, Any]:
     """Tell how many queries that are copies of an earlier sample were found to be."""
     asked, _, _ = read_known(room, "known")
-    if len(asked) == 0:
+    return _describe_recall(room, np.isin(asked, rows))
+
+
+def _describe_recall(room: Room, shares: Array) -> dict[str, Any]:
+    """Mean of what was found of each query's pairs, with its interval."""
+    if len(shares) == 0:  # where nothing has a copy nothing was missed
         return {"rows": 0, "recall": None, "interval": None, "reached": True}
-    recall = float(np.isin(asked, rows).mean())
+    recall = float(shares.mean())
     return {
-        "rows": len(asked),
+        "rows": len(shares),
         "recall": recall,
-        "interval": _interval(recall, len(asked)),
+        "interval": _interval(recall, len(shares)),
         "reached": recall >= dedup_stage(room).target_recall,
     }
 

@@ -169,8 +169,7 @@ def _probe_samples(room: Room, encoder: "Encoder") -> tuple[list[Any], list[str]
 
 def _stage(room: Room) -> Embed:
     """Return the run's own, which a later stage may ask for too."""
-    (stage,) = (stage for stage in room.pipeline if isinstance(stage, Embed))
-    return stage
+    return room.find(Embed)
 
 
 @dataclass

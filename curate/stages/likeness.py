@@ -1,13 +1,12 @@
 """What counts as the same picture, for all stages that ask: the cosine proposes, pixels confirm."""
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from curate.dedup.copies import are_copies
+from curate.dedup.registration import ReadImage
 from curate.stages.base import Stage
 
 __all__ = ["Likeness"]
@@ -60,7 +59,7 @@ class Likeness(Stage):
         asked = {"min_pixel_match": None, "max_patch_difference": None}
         return self.model_copy(update={"min_cosine": least, **asked})
 
-    def confirm(self, left: Array, right: Array, read_image: Callable[[int], Image.Image]) -> Array:
+    def confirm(self, left: Array, right: Array, read_image: ReadImage) -> Array:
         """Tell which candidates the pixels confirm; all where pixels are not asked.
 
         Parameters

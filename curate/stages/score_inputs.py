@@ -144,11 +144,6 @@ def _codes(names: list[str]) -> Array:
     return (hash_unit(names, 0, "code") * 2.0**53).astype(np.int64)
 
 
-def _has_direction(vectors: Array) -> Array:
-    norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
-    return np.isfinite(norms) & (norms > 0)
-
-
 def read_samples(room: Room, shard: str) -> Samples:
     """Read one shard."""
     table = room.read(shard, ["image_emb", "text_emb", "cluster_id", "caption"])
@@ -160,7 +155,7 @@ def read_samples(room: Room, shard: str) -> Samples:
         bool(c and c.strip()) and k is not None for c, k in zip(captions, clusters, strict=True)
     ]
     usable = has_image & has_text & np.array(known, bool)
-    usable &= _has_direction(image) & _has_direction(text)
+    usable &= storage.has_direction(image) & storage.has_direction(text)
     names = [name or "" for name in clusters]
     normal = [normalise_caption(caption or "") for caption in captions]
     return Samples(
