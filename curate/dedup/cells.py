@@ -54,7 +54,6 @@ def search_cell(
     around: Rows,
     members: Array,
     min_cosine: float,
-    threads: int = 1,
     most: int | None = None,
     confirm: _Confirm = None,
 ) -> Found:
@@ -73,7 +72,7 @@ def search_cell(
         Tells which pairs of places count. Asked only about the pairs of a spot's centre; the caller
         must ask about those returned.
     """
-    spots = _find_spots(around, members, min_cosine, threads, confirm)
+    spots = _find_spots(around, members, min_cosine, confirm)
     inside = np.zeros((len(spots), len(around)), bool)
     for number, spot in enumerate(spots):
         inside[number, spot] = True
@@ -84,7 +83,7 @@ def search_cell(
         base = members[home[members] == first]
         asking = np.flatnonzero(~inside[first]) if first >= 0 else np.arange(len(around))
         query, other, cosines = pairs_within(
-            around.take(asking), around.take(base), min_cosine, threads, _plus_self(most)
+            around.take(asking), around.take(base), min_cosine, _plus_self(most)
         )
         parts.append((asking[query], base[other], cosines))
     left, right, cosines = (np.concatenate(ends) for ends in zip(*parts, strict=True))
@@ -107,14 +106,12 @@ def _plus_self(most: int | None) -> int | None:
     return None if most is None else most + 1
 
 
-def _find_spots(
-    around: Rows, members: Array, min_cosine: float, threads: int, confirm: _Confirm
-) -> list[Array]:
+def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confirm) -> list[Array]:
     """Find spots among the pairs of a few members, where a cell is too large to see all."""
     if len(members) <= _LARGE_CELL:
         return []
     asked = members[np.linspace(0, len(members) - 1, _ASKED).astype(int)]
-    number, other, _ = pairs_within(around.take(asked), around, min_cosine, threads)
+    number, other, _ = pairs_within(around.take(asked), around, min_cosine)
     apart = asked[number] != other
     number, other = number[apart], other[apart]
     rest = np.ones(len(number), bool)

@@ -6,8 +6,6 @@ float32 where the processor has units for them, only sort out what cannot reach 
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -171,16 +169,6 @@ def _fastest_type() -> torch.dtype:
     return min(seconds, key=lambda kind: seconds[kind])
 
 
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def exact_cosines(left: Array, right: Array) -> Array:
     """Return cosines of pairs of vectors, each independent of all others: (E,) float32.
 
@@ -203,7 +191,7 @@ def _single(vectors: Array) -> Array:
 
 
 def pairs_within(
-    queries: Rows, base: Rows, min_cosine: float, threads: int = 1, most: int | None = None
+    queries: Rows, base: Rows, min_cosine: float, most: int | None = None
 ) -> tuple[Array, Array, Array]:
     """Return all pairs whose cosine reaches `min_cosine`.
 
@@ -221,14 +209,13 @@ def pairs_within(
     cosines : (E,) float32
     """
     left, right, cosines = [], [], []
-    with _torch_threads(threads):
-        for start in range(0, len(queries), _QUERY_ROWS):
-            found = _block_pairs(queries, base, start, min_cosine)
-            if most is not None:
-                found = nearest_pairs(*found, most)
-            left.append(found[0])
-            right.append(found[1])
-            cosines.append(found[2])
+    for start in range(0, len(queries), _QUERY_ROWS):
+        found = _block_pairs(queries, base, start, min_cosine)
+        if most is not None:
+            found = nearest_pairs(*found, most)
+        left.append(found[0])
+        right.append(found[1])
+        cosines.append(found[2])
     if not left:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     return np.concatenate(left), np.concatenate(right), np.concatenate(cosines)

@@ -194,7 +194,7 @@ def _match(room: Room, shard: str) -> dict[str, float]:
         has_pixels = known["thumbnail"].null_count == 0
         judge = stage if has_pixels else stage.without_pixels()
         base = Rows.of(storage.read_vectors(known["image_emb"])[0])
-        left, right, cosine = pairs_within(queries, base, judge.min_cosine, room.threads)
+        left, right, cosine = pairs_within(queries, base, judge.min_cosine)
         left = own[left]
         numbers = len(table) + right
         confirmed = judge.confirm(left, numbers, _thumbnail_reader(table, known))

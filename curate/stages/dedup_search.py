@@ -191,7 +191,7 @@ def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[st
     if len(base) and len(queries):
         most = stage.max_candidates * _MORE_CANDIDATES if stage.asks_pixels else None
         one, other = Rows.of(queries), Rows.of(vectors[base])
-        found = pairs_within(one, other, stage.min_cosine, room.threads, most)
+        found = pairs_within(one, other, stage.min_cosine, most)
         left, right, cosines = groups.unique_pairs(rows[found[0]], start + base[found[1]], found[2])
     confirmed = stage.confirm(left, right, thumbnail_reader(room))
     edges = (left[confirmed], right[confirmed], cosines[confirmed])
@@ -242,7 +242,7 @@ def _nearest_known(
     most = stage.max_candidates if stage.asks_pixels else 1
     left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
     if len(own) and len(known):
-        found = pairs_within(own, known, stage.min_cosine, room.threads, most)
+        found = pairs_within(own, known, stage.min_cosine, most)
         left, right, cosines = rows[found[0]], known_rows[found[1]], found[2]
     confirmed = stage.confirm(left, right, thumbnails)
     return groups.nearest_pairs(left[confirmed], right[confirmed], cosines[confirmed], most=1)
@@ -416,7 +416,6 @@ def search_part(room: Room, task: str) -> dict[str, float]:
             everything.take(around),
             np.flatnonzero(at_home),
             stage.min_cosine,
-            room.threads,
             most,
             confirm if stage.asks_pixels else None,
         )
