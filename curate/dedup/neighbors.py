@@ -34,6 +34,9 @@ _KMEANS_ROUNDS = 10
 _QUERY_ROWS, _BASE_ROWS = 1024, 4096
 #: Pairs whose cosines are computed at once: 16 k of 1280 float32 are 160 MB for both sides.
 _EXACT_PAIRS = 16384
+#: Share of a block's pairs that pass the screen above which the whole block is multiplied in
+#: float32, which costs as much as the cosines of a hundredth of its pairs.
+_DENSE_SHARE = 0.01
 #: What a product of unit vectors may be off by. Rounding to bfloat16 (8 significant bits) is off by
 #: at most 2**-8 of every entry of both factors and of the result; by Cauchy and Schwarz 3 * 2**-8
 #: in all.
@@ -226,17 +229,44 @@ def _block_pairs(
 ) -> tuple[Array, Array, Array]:
     block = queries.screen[start : start + _QUERY_ROWS]
     left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    least = min_cosine - _SLACK[block.dtype]
+    values = [np.zeros(0, np.float32)]
     for other in range(0, len(base), _BASE_ROWS):
         products = block @ base.screen[other : other + _BASE_ROWS].T
-        near = np.flatnonzero((products >= least).cpu().numpy())
-        rows, columns = np.divmod(near, products.shape[1])
-        left.append(start + rows)
-        right.append(other + columns)
-    one, two = np.concatenate(left), np.concatenate(right)
-    cosines = np.empty(len(one), np.float32)
-    for first in range(0, len(one), _EXACT_PAIRS):
+        rows, columns = _places(products >= min_cosine - _SLACK[block.dtype])
+        own = queries.stored[start : start + _QUERY_ROWS]
+        theirs = base.stored[other : other + _BASE_ROWS]
+        if len(rows) > _DENSE_SHARE * len(own) * len(theirs):
+            own, theirs = _single(own), _single(theirs)
+            rows, columns = _screen_again(own, theirs, block.device, min_cosine)
+        cosines = _pair_cosines(own, theirs, rows, columns)
+        reached = cosines >= np.float32(min_cosine)
+        left.append(start + rows[reached])
+        right.append(other + columns[reached])
+        values.append(cosines[reached])
+    return np.concatenate(left), np.concatenate(right), np.concatenate(values)
+
+
+def _places(near: torch.Tensor) -> tuple[Array, Array]:
+    """Rows and columns of what is true in a matrix."""
+    found = np.flatnonzero(near.cpu().numpy())
+    rows, columns = np.divmod(found, near.shape[1])
+    return rows, columns
+
+
+def _screen_again(
+    own: Array, theirs: Array, device: torch.device, min_cosine: float
+) -> tuple[Array, Array]:
+    """Find in float32 what may reach `min_cosine`, as bfloat16 did before.
+
+    Where many pictures are of one kind it lets millions of pairs through that are a hair below.
+    """
+    one, other = (torch.from_numpy(unit_rows(rows)).to(device) for rows in (own, theirs))
+    return _places(one @ other.T >= min_cosine - _SLACK[torch.float32])
+
+
+def _pair_cosines(own: Array, theirs: Array, rows: Array, columns: Array) -> Array:
+    cosines = np.empty(len(rows), np.float32)
+    for first in range(0, len(rows), _EXACT_PAIRS):
         part = slice(first, first + _EXACT_PAIRS)
-        cosines[part] = exact_cosines(queries.stored[one[part]], base.stored[two[part]])
-    reached = cosines >= np.float32(min_cosine)
-    return one[reached], two[reached], cosines[reached]
+        cosines[part] = exact_cosines(own[rows[part]], theirs[columns[part]])
+    return cosines

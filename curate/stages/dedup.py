@@ -27,8 +27,7 @@ from curate.stages.dedup_inputs import (
     shard_starts,
     shard_vectors,
 )
-from curate.stages.dedup_search import (
-    assign_shard,
+from curate.stages.dedup_recall import (
     choose_reach,
     compare_all,
     compare_known,
@@ -37,6 +36,9 @@ from curate.stages.dedup_search import (
     known_tasks,
     measure_known_recall,
     measure_recall,
+)
+from curate.stages.dedup_search import (
+    assign_shard,
     search_part,
     search_parts,
     spread_shard,

@@ -1,4 +1,4 @@
-"""The steps of `dedup` that search: cells, the reach that recall asks for, pairs cell by cell.
+"""The steps of `dedup` that search: cells, copies of vectors by ranges of them, pairs cell by cell.
 
 Only pairs whose cells are near each other are compared. Every vector is copied, by ranges of cells,
 to where it is at home and to where it visits, so that a task reads what it compares and no more.
@@ -22,34 +22,19 @@ from curate.stages.dedup_inputs import (
     dedup_stage,
     draw_vectors,
     earlier_runs,
-    read_edges,
-    read_known,
     searched_vectors,
     shard_start,
     shard_starts,
     shard_vectors,
     thumbnail_reader,
 )
+from curate.stages.dedup_recall import MOST_QUERIES, first_row, nearest_known
 from curate.stages.embed import Embed
 
 if TYPE_CHECKING:
     from curate.dedup.neighbors import Rows
 
-__all__ = [
-    "assign_shard",
-    "choose_reach",
-    "compare_all",
-    "compare_known",
-    "compare_pilot",
-    "draw_queries",
-    "known_tasks",
-    "measure_known_recall",
-    "measure_recall",
-    "search_part",
-    "search_parts",
-    "spread_shard",
-    "train_cells",
-]
+__all__ = ["assign_shard", "search_part", "search_parts", "spread_shard", "train_cells"]
 
 Array = np.ndarray[Any, Any]
 
@@ -57,19 +42,6 @@ Array = np.ndarray[Any, Any]
 _ONE_CELL_SAMPLES = 2000
 #: Vectors per cell that k-means is trained on; FAISS's own recommendation is 39 to 256.
 _TRAIN_PER_CELL = 64
-#: Samples at home in the cells of one task: 64 tasks, within these. 16 k of 1280 float16 and
-#: bfloat16 with as many visitors are 170 MB.
-_LEAST_TASK, _MOST_TASK, _TASKS = 2048, 16384, 64
-#: Recall rests on so many samples that have a copy, but on no more of a small set than a hundredth:
-#: confirming their pairs by pixels would cost more than the search itself.
-_RECALL_ROWS, _RECALL_ROWS_PIXELS = 3000, 100
-#: Samples compared with everything to see how many have one; and at most, where few do.
-_PILOT_ROWS, _PILOT_ROWS_PIXELS = 4096, 400
-_MOST_QUERIES = 65536
-#: Candidates per sample whose recall is asked about, in multiples of `max_candidates`.
-_MORE_CANDIDATES = 4
-#: 95 % of a normal distribution lies within so many standard deviations.
-_Z = 1.96
 
 
 def train_cells(room: Room, task: str) -> dict[str, float]:
@@ -78,7 +50,7 @@ def train_cells(room: Room, task: str) -> dict[str, float]:
     from curate.dedup.neighbors import train_centroids, unit_rows
 
     total = shard_starts(room)[-1]
-    queries, rows = draw_vectors(room, _MOST_QUERIES, "recall")
+    queries, rows = draw_vectors(room, MOST_QUERIES, "recall")
     storage.commit_array(room.path("queries.npy"), queries)
     storage.commit_array(room.path("query_rows.npy"), rows)
     runs = earlier_runs(room)
@@ -146,202 +118,6 @@ def assign_shard(room: Room, shard: str) -> dict[str, float]:
     storage.commit_array(room.path("cells", f"{shard}.npy"), cells)
     storage.commit_array(room.path("detours", f"{shard}.npy"), detours)
     return {"samples": len(vectors)}
-
-
-def _pilot_rows(room: Room) -> int:
-    return _PILOT_ROWS_PIXELS if dedup_stage(room).asks_pixels else _PILOT_ROWS
-
-
-def compare_pilot(room: Room, shard: str) -> dict[str, float]:
-    """Commit the edges between the first queries and one shard, found by brute force."""
-    return _compare(room, shard, "pilot", 0, _pilot_rows(room))
-
-
-def draw_queries(room: Room, task: str) -> dict[str, float]:
-    """Commit how many queries it takes to have enough that have a copy."""
-    rows = storage.read_array(room.path("query_rows.npy"))
-    left, right, _ = read_edges(room, "recall")
-    pilot = rows[: _pilot_rows(room)]
-    share = np.isin(pilot, np.r_[left, right]).mean() if len(pilot) else 0.0
-    wanted = _RECALL_ROWS
-    if dedup_stage(room).asks_pixels:
-        wanted = min(wanted, max(_RECALL_ROWS_PIXELS, shard_starts(room)[-1] // 100))
-    count = _MOST_QUERIES if share == 0 else int(np.ceil(wanted / share))
-    count = min(max(count, len(pilot)), len(rows))
-    storage.commit_json(room.path("queries.json"), {"queries": count})
-    return {"queries": count}
-
-
-def compare_all(room: Room, shard: str) -> dict[str, float]:
-    """Commit the edges between the other queries and one shard."""
-    count = storage.read_json(room.path("queries.json"))["queries"]
-    return _compare(room, shard, "rest", _pilot_rows(room), count)
-
-
-def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[str, float]:
-    from curate.dedup.neighbors import Rows, pairs_within
-
-    stage = dedup_stage(room)
-    queries = np.asarray(storage.read_array(room.path("queries.npy"))[first:end])
-    rows = np.asarray(storage.read_array(room.path("query_rows.npy"))[first:end])
-    start = shard_start(room, shard)
-    vectors, valid = searched_vectors(room, shard)
-    base = np.flatnonzero(valid)
-    left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
-    if len(base) and len(queries):
-        most = stage.max_candidates * _MORE_CANDIDATES if stage.asks_pixels else None
-        one, other = Rows.of(queries), Rows.of(vectors[base])
-        found = pairs_within(one, other, stage.min_cosine, most)
-        left, right, cosines = groups.unique_pairs(rows[found[0]], start + base[found[1]], found[2])
-    confirmed = stage.confirm(left, right, thumbnail_reader(room))
-    edges = (left[confirmed], right[confirmed], cosines[confirmed])
-    commit_edges(room, f"recall/{name}-{shard}.parquet", *edges)
-    return {"samples": len(vectors)}
-
-
-def known_tasks(room: Room) -> list[str]:
-    """Name the shards of earlier runs: number of the run, name of the shard."""
-    return [f"{i}-{shard}" for i, run in enumerate(earlier_runs(room)) for shard in run.shards]
-
-
-def compare_known(room: Room, task: str) -> dict[str, float]:
-    """Commit the earlier sample nearest to each query, of one shard, found by brute force."""
-    from curate.dedup.neighbors import Rows
-
-    number, shard = task.split("-")
-    run = earlier_runs(room)[int(number)]
-    count = storage.read_json(room.path("queries.json"))["queries"]
-    queries = np.asarray(storage.read_array(room.path("queries.npy"))[:count])
-    asked = np.asarray(storage.read_array(room.path("query_rows.npy"))[:count])
-    rows, vectors = run.vectors(shard)
-    first = _first_row(room, int(number))
-    own, theirs, thumbnails = Rows.of(queries), Rows.of(vectors), thumbnail_reader(room)
-    best = _nearest_known(room, asked, own, first + rows, theirs, thumbnails)
-    commit_edges(room, f"known/{task}.parquet", *best)
-    return {"samples": len(rows)}
-
-
-def _first_row(room: Room, number: int) -> int:
-    """Row from which the rows of an earlier run are counted: after this run's, and each other's."""
-    runs = earlier_runs(room)
-    return shard_starts(room)[-1] + sum(run.starts[-1] for run in runs[:number])
-
-
-def _nearest_known(
-    room: Room,
-    rows: Array,
-    own: "Rows",
-    known_rows: Array,
-    known: "Rows",
-    thumbnails: ReadImage,
-) -> tuple[Array, Array, Array]:
-    """Of each of some samples the nearest earlier one that counts: rows, rows, cosines."""
-    from curate.dedup.neighbors import pairs_within
-
-    stage = dedup_stage(room)
-    most = stage.max_candidates if stage.asks_pixels else 1
-    left, right, cosines = np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
-    if len(own) and len(known):
-        found = pairs_within(own, known, stage.min_cosine, most)
-        left, right, cosines = rows[found[0]], known_rows[found[1]], found[2]
-    confirmed = stage.confirm(left, right, thumbnails)
-    return groups.nearest_pairs(left[confirmed], right[confirmed], cosines[confirmed], most=1)
-
-
-def choose_reach(room: Room, task: str) -> dict[str, float]:
-    """Commit how long a detour pays, and which cells each task searches.
-
-    The shortest by which brute force's pairs are found. Half of what `target_recall` would let go
-    is let go: the reach is fitted to these queries, and does a little worse on all others.
-    """
-    left, right, _ = read_edges(room, "recall")
-    reach = 0.0
-    if len(left):
-        needed = np.minimum(*_needed_detours(room, left, right))
-        pairs, query = _asked_ends(room, left, right)
-        each = np.bincount(query)
-        reach = _enough(room, needed[pairs], 1 / each[query] / len(each))
-    runs = earlier_runs(room)
-    if runs:
-        left, right, _ = read_known(room, "known")
-        theirs = max(storage.read_json(run.path("dedup", "reach.json"))["reach"] for run in runs)
-        forth, back = _needed_detours(room, left, right)
-        needed = np.where(back <= theirs, 0, forth)
-        reach = max(reach, theirs, _enough(room, needed, np.full(len(left), 1 / max(1, len(left)))))
-    storage.commit_json(room.path("reach.json"), {"reach": reach})
-    if runs:
-        return {}
-    homes = np.zeros(len(storage.read_array(room.path("centroids.npy"))), np.int64)
-    for shard in room.shards():
-        own = storage.read_array(room.path("cells", f"{shard}.npy"))[0]
-        homes += np.bincount(own[own >= 0], minlength=len(homes))
-    total = int(homes.sum())
-    size = min(max(total // _TASKS, _LEAST_TASK), _MOST_TASK)
-    # A cell belongs to the task that its middle falls into.
-    middle = np.cumsum(homes) - homes / 2
-    _, starts = np.unique((middle // size).astype(int), return_index=True)
-    storage.commit_array(room.path("parts.npy"), np.r_[starts, len(homes)].astype(np.int64))
-    return {"parts": len(starts)}
-
-
-def _enough(room: Room, needed: Array, shares: Array) -> float:
-    """Detour that finds what has to be found of pairs that need one and make up a share each."""
-    goal = 1 - (1 - dedup_stage(room).target_recall) / 2
-    order = np.argsort(needed, kind="stable")
-    possible = needed[order][np.isfinite(needed[order])]
-    if len(possible) == 0:
-        return 0.0
-    enough = int(np.searchsorted(np.cumsum(shares[order]), goal - 1e-9))
-    return float(possible[min(enough, len(possible) - 1)])
-
-
-def _needed_detours(room: Room, left: Array, right: Array) -> tuple[Array, Array]:
-    """Detour of each pair's one end to the other's home, and back; infinite if not in the list."""
-    rows = np.unique(np.r_[left, right])
-    files = [
-        (room.path("cells", f"{shard}.npy"), room.path("detours", f"{shard}.npy"), start)
-        for shard, start in zip(room.shards(), shard_starts(room), strict=False)
-    ]
-    for number, run in enumerate(earlier_runs(room)):
-        files += [
-            (
-                run.path("dedup", "cells", f"{shard}.npy"),
-                run.path("dedup", "detours", f"{shard}.npy"),
-                _first_row(room, number) + start,
-            )
-            for shard, start in zip(run.shards, run.starts, strict=False)
-        ]
-    most = dedup_stage(room).max_probes
-    cells, detours = [np.zeros((most, 0), np.int32)], [np.zeros((most, 0), np.float16)]
-    for cells_path, detours_path, start in files:
-        its_cells = storage.read_array(cells_path)
-        inside = rows[(rows >= start) & (rows < start + its_cells.shape[1])] - start
-        if len(inside):
-            cells.append(_as_high(its_cells[:, inside], most, -1))
-            detours.append(_as_high(storage.read_array(detours_path)[:, inside], most, np.inf))
-    all_cells, all_detours = np.concatenate(cells, 1), np.concatenate(detours, 1)
-    one, two = np.searchsorted(rows, left), np.searchsorted(rows, right)
-
-    def way(start: Array, end: Array) -> Array:
-        there = all_cells[:, start] == all_cells[0, end]
-        return np.where(there, all_detours[:, start], np.float16(np.inf)).min(0)
-
-    return way(one, two), way(two, one)
-
-
-def _as_high(columns: Array, height: int, filler: float) -> Array:
-    """Cut or fill (H, E) to (height, E)."""
-    short = max(0, height - len(columns))
-    return np.pad(columns[:height], ((0, short), (0, 0)), constant_values=filler)
-
-
-def _asked_ends(room: Room, left: Array, right: Array) -> tuple[Array, Array]:
-    """Pair of each end that is a query, and the query's number among those with a pair."""
-    count = storage.read_json(room.path("queries.json"))["queries"]
-    queries = np.asarray(storage.read_array(room.path("query_rows.npy"))[:count])
-    ends = np.r_[left, right]
-    asked = np.flatnonzero(np.isin(ends, queries))
-    return asked % max(1, len(left)), np.unique(ends[asked], return_inverse=True)[1]
 
 
 def spread_shard(room: Room, shard: str) -> dict[str, float]:
@@ -446,13 +222,13 @@ def _search_earlier(
     found = []
     for number, run in enumerate(earlier_runs(room)):
         vectors, their_rows, their_cells = run.copies(int(task))
-        theirs, their_rows = Rows.of(vectors), _first_row(room, number) + their_rows
+        theirs, their_rows = Rows.of(vectors), first_row(room, number) + their_rows
         both = zip(_by_cell(cells, first, end), _by_cell(their_cells, first, end), strict=True)
         for (here, home), (there, their_home) in both:
             # One of the two is at home in the cell, the other visits it or is at home too.
             for one, two in ((here, there[their_home]), (here[home], there[~their_home])):
                 mine, known = (rows[one], own.take(one)), (their_rows[two], theirs.take(two))
-                found.append(_nearest_known(room, *mine, *known, thumbnails))
+                found.append(nearest_known(room, *mine, *known, thumbnails))
     left, right, cosines = (_join([pairs[end] for pairs in found]) for end in range(3))
     return groups.nearest_pairs(left, right, cosines, most=1)
 
@@ -468,40 +244,3 @@ def _is_mine(rows: Array, cells: Array, query: Array, base: Array) -> Array:
     # A pair whose ends visit each other's homes is found in both: the lower row's home has it.
     mine: Array = both_home | ~mutual | (rows[base] < rows[query])
     return mine
-
-
-def measure_recall(room: Room, left: Array, right: Array, spots: groups.Spots) -> dict[str, Any]:
-    """Tell how many of the pairs that brute force finds are among the edges or within a spot."""
-    true_left, true_right, _ = read_edges(room, "recall")
-    total = shard_starts(room)[-1]
-    found = np.isin(true_left * total + true_right, left * total + right)
-    found |= spots.contain(true_left, true_right)
-    pairs, query = _asked_ends(room, true_left, true_right)
-    counts = np.bincount(query)
-    return _describe_recall(room, np.bincount(query, found[pairs], len(counts)) / counts)
-
-
-def measure_known_recall(room: Room, rows: Array) -> dict[str, Any]:
-    """Tell how many queries that are copies of an earlier sample were found to be."""
-    asked, _, _ = read_known(room, "known")
-    return _describe_recall(room, np.isin(asked, rows))
-
-
-def _describe_recall(room: Room, shares: Array) -> dict[str, Any]:
-    """Mean of what was found of each query's pairs, with its interval."""
-    if len(shares) == 0:  # where nothing has a copy nothing was missed
-        return {"rows": 0, "recall": None, "interval": None, "reached": True}
-    recall = float(shares.mean())
-    return {
-        "rows": len(shares),
-        "recall": recall,
-        "interval": _interval(recall, len(shares)),
-        "reached": recall >= dedup_stage(room).target_recall,
-    }
-
-
-def _interval(share: float, count: int) -> list[float]:
-    """Wilson's (1927) 95 % interval; wider than need be for a mean of shares."""
-    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z / (1 + _Z**2 / count) * (share * (1 - share) / count + (_Z / (2 * count)) ** 2) ** 0.5
-    return [round(max(0.0, middle - half), 6), round(min(1.0, middle + half), 6)]

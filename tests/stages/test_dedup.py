@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from curate import storage
 from curate.formats.pixels import make_thumbnail
+from curate.stages import dedup_recall
 from curate.stages.base import Room
 from curate.stages.dedup import Dedup
 from curate.stages.dedup_inputs import read_edges
@@ -199,8 +200,9 @@ def recall_of(data: Data, room: Room, shards: list[list[int]], rows: Array) -> l
 
 @pytest.mark.parametrize(("target", "most"), [(0.9, 32), (0.999, 32), (1.0, 32), (0.999, 2)])
 def test_the_reach_grows_until_the_recall_is_reached(
-    tmp_path: Path, target: float, most: int
+    tmp_path: Path, target: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dedup_recall, "_PAIRS_ASKED", 2400)  # all, so that it can be foretold
     data = clustered(2400, seed=1)
     shards = cut(2400, 3)
     stage = Dedup(min_cosine=0.7, target_recall=target, max_probes=most, seed=4)
@@ -232,6 +234,31 @@ def test_the_reach_grows_until_the_recall_is_reached(
     assert room.stage.facts(room)["recall"]["recall"] < 1 - (1 - target) / 2
 
 
+def test_some_pairs_of_a_query_stand_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dedup_recall, "_PAIRS_ASKED", 4)
+    monkeypatch.setattr(dedup_recall, "_MOST_READ", 1000)
+    data = clustered(2400, seed=1)
+    shards = cut(2400, 3)
+    room, _ = run(tmp_path, data, Dedup(min_cosine=0.7, target_recall=0.9, seed=4), shards)
+    asked = dedup_recall._read_asked(room)
+    truth = true_edges(data, 0.7)
+    pairs = {
+        tuple(sorted((data.uids[a], data.uids[b]))) for a, b in zip(*map(list, asked), strict=True)
+    }
+    assert pairs < truth.keys()
+    degrees = Counter(uid for pair in truth for uid in pair)
+    given = Counter(data.uids[row] for row in asked[0])
+    assert given == {uid: min(4, degree) for uid, degree in degrees.items()}
+    # Which ones differs from query to query, or all would ask about the same few.
+    assert max(Counter(asked[1].tolist()).values()) < 40
+    shares = recall_of(data, room, shards, np.arange(2400))
+    recall = room.stage.facts(room)["recall"]
+    assert recall["rows"] == len(shares)
+    assert recall["recall"] == pytest.approx(np.mean(shares), abs=0.01)
+
+
 def test_order_and_size_of_shards_do_not_matter(tmp_path: Path) -> None:
     data = clustered(2100, seed=2)
     data.sha256[100] = data.sha256[1700]
@@ -245,7 +272,7 @@ def test_order_and_size_of_shards_do_not_matter(tmp_path: Path) -> None:
         assert edges.keys() == results[0][0].keys()
         assert clusters == results[0][1]
         assert facts["edges"] == results[0][2]["edges"]
-        assert facts["recall"]["rows"] == results[0][2]["recall"]["rows"]
+        assert facts["recall"] == results[0][2]["recall"]
 
 
 def draw(seed: int) -> Image.Image:
