@@ -49,6 +49,7 @@ __all__ = [
     "read_array_rows",
     "read_bytes",
     "read_json",
+    "read_row_group",
     "read_table",
     "read_vectors",
     "remove",
@@ -318,6 +319,18 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=wanted, memory_map=True, partitioning=None)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=wanted)
+
+
+def read_row_group(url: str, number: int) -> pa.Table:
+    """Return one row group of a Parquet file, and read no others.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    fs, path = filesystem(url)
+    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+        return parquet.read_row_group(number)
 
 
 def list_columns(url: str) -> list[str]:

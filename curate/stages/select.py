@@ -1,9 +1,9 @@
 """select: rules, each with its reason code; then the walk over duplicates; then weights."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,25 +15,16 @@ from curate.dedup import groups
 from curate.memorization.folds import hash_unit
 from curate.memorization.mismatch import RUNGS
 from curate.memorization.rarity import RARE
-from curate.schema import COLUMNS, REASONS, select_schema
+from curate.schema import COLUMNS, select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
 from curate.stages.dedup_inputs import read_edges, read_nodes, read_pixels, read_spots, shard_starts
 from curate.stages.score_inputs import read_phantoms
+from curate.stages.select_table import DECISION, Decisions, fold_caption, merge_captions
 
 __all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
 
 Array = np.ndarray[Any, Any]
 
-_DECISION = (
-    "keep",
-    "reason",
-    "failed_rules",
-    "weight",
-    "representative_uid",
-    "representative_cosine",
-    "duplicate_level",
-    "captions",
-)
 #: Cosines at which the kept are counted again.
 _STRICTER = (0.85, 0.9, 0.95, 0.98, 0.99)
 #: Criterion -> column, and whether higher values are preferred.
@@ -147,7 +138,7 @@ class Select(Stage):
         return tuple(dict.fromkeys((*found, *preferred)))
 
     def tables(self) -> tuple[Table, ...]:
-        return (Table("select", _DECISION),)
+        return (Table("select", DECISION),)
 
     def steps(self) -> tuple[Step, ...]:
         return (Step("decide", _decide, one_task), Step("table", _write_shard, shard_tasks))
@@ -223,7 +214,8 @@ def _caption_codes(captions: list[str | None]) -> Array:
     """(N,) int64: equal for captions equal up to case and white space, -1 where there is none."""
     codes: dict[str, int] = {}
     return np.array(
-        [-1 if c is None else codes.setdefault(_fold(c), len(codes)) for c in captions], np.int64
+        [-1 if c is None else codes.setdefault(fold_caption(c), len(codes)) for c in captions],
+        np.int64,
     )
 
 
@@ -246,7 +238,8 @@ def _decide(room: Room, task: str) -> dict[str, float]:
         facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
         facts["mismatch"] |= _calibrate(room, table, eligible, facts["mismatch"]["max_probability"])
         eligible = eligible & ~failed["mismatched"]
-    keep, representative, cosine, exact = copies.walk(eligible)
+    found = copies.walk(eligible)
+    keep, representative, _, exact = found
     if room.has("cluster_id"):
         failed["duplicate_bytes"] = (representative >= 0) & exact
         pixels = read_pixels(room)
@@ -256,22 +249,16 @@ def _decide(room: Room, task: str) -> dict[str, float]:
         facts["what_if"] = _what_if(copies, eligible)
     if stage.max_caption_repeats is not None:
         failed["caption_repeated"] = eligible & ~keep & (representative < 0)
-    captions = table["caption"].to_pylist()
-    decisions = {
-        "uid": table["uid"],
-        "keep": pa.array(keep),
-        **_reasons(failed, len(table)),
-        "weight": pa.array(_weights(stage, table, keep), pa.float32()),
-        "representative_uid": pa.array(
-            uids[representative].astype(str), pa.string(), mask=representative < 0
-        ),
-        "representative_cosine": pa.array(cosine, pa.float32(), mask=representative < 0),
-        "duplicate_level": _levels(failed, len(table)),
-        "captions": _merge_captions(stage, captions, keep, representative, order),
-    }
-    result = pa.table(decisions).cast(select_schema(["uid", *_DECISION]))
-    storage.commit_table(room.path("decisions.parquet"), result)
-    storage.commit_json(room.path("summary.json"), {**_count(result, failed), **facts})
+    captions = table["caption"]
+    merged = merge_captions(captions, keep, representative, order, stage.max_captions)
+    weight = _weights(stage, table, keep)
+    decisions = Decisions(uids, captions, failed, found, weight, merged)
+    with storage.commit_batches(
+        room.path("decisions.parquet"), select_schema(["uid", *DECISION])
+    ) as append:
+        for start, stop in pairwise(shard_starts(room)):
+            append(decisions.table(start, stop))
+    storage.commit_json(room.path("summary.json"), {**decisions.counts(), **facts})
     return {"samples": len(table)}
 
 
@@ -285,9 +272,14 @@ def _source_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> N
 
 
 def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
-    captions = table["caption"].to_pylist()
-    present = np.array([bool(caption and caption.strip()) for caption in captions], bool)
-    chars = np.array([len(caption.strip()) if caption else 0 for caption in captions])
+    # Chunk by chunk: all at once would be as many Python strings as there are samples.
+    lengths = (
+        len(caption.strip()) if caption else 0
+        for chunk in table["caption"].chunks
+        for caption in chunk.to_pylist()
+    )
+    chars = np.fromiter(lengths, np.int64, len(table))
+    present = chars > 0
     if stage.min_caption_chars is not None:
         failed["caption_too_short"] = present & (chars < stage.min_caption_chars)
     if stage.max_caption_chars is not None:
@@ -453,26 +445,6 @@ def _source_places(patterns: tuple[str, ...], files: list[str]) -> Array:
     return np.array([places[file] for file in files], np.int64)
 
 
-def _reasons(failed: dict[str, Array], count: int) -> dict[str, pa.Array]:
-    codes = [code for code in REASONS if code in failed]
-    rules: list[list[str]] = [[] for _ in range(count)]
-    for code in codes:
-        for row in np.flatnonzero(failed[code]):
-            rules[row].append(code)
-    return {
-        "reason": pa.array([found[0] if found else None for found in rules], pa.string()),
-        "failed_rules": pa.array(rules, pa.list_(pa.string())),
-    }
-
-
-def _levels(failed: dict[str, Array], count: int) -> pa.Array:
-    levels: list[str | None] = [None] * count
-    for level in ("bytes", "perceptual", "semantic"):
-        for row in np.flatnonzero(failed.get(f"duplicate_{level}", ())):
-            levels[row] = level
-    return pa.array(levels, pa.string())
-
-
 def _weights(stage: Select, table: pa.Table, keep: Array) -> Array:
     weights = keep.astype(np.float64)
     if "mismatch_probability" in table.column_names:
@@ -487,54 +459,9 @@ def _weights(stage: Select, table: pa.Table, keep: Array) -> Array:
     return weights * (keep.sum() / total)
 
 
-def _merge_captions(
-    stage: Select,
-    captions: list[str | None],
-    keep: Array,
-    representative: Array,
-    order: Array,
-) -> pa.Array:
-    """Own caption first, then different ones of dropped duplicates, in order of preference."""
-    merged: list[list[str] | None] = [
-        [caption] if kept and caption is not None else None
-        for kept, caption in zip(keep, captions, strict=True)
-    ]
-    seen = {row: {_fold(own[0])} for row, own in enumerate(merged) if own}
-    for row in order[representative[order] >= 0]:
-        target, caption = int(representative[row]), captions[row]
-        own = merged[target]
-        # Duplicates in the walk passed every other rule, `mismatched` included.
-        if caption is None or own is None or len(own) >= stage.max_captions:
-            continue
-        if _fold(caption) not in seen[target]:
-            seen[target].add(_fold(caption))
-            own.append(caption)
-    return pa.array(merged, pa.list_(pa.string()))
-
-
-def _fold(caption: str) -> str:
-    return " ".join(caption.casefold().split())
-
-
-def _count(result: pa.Table, failed: dict[str, Array]) -> dict[str, Any]:
-    dropped = Counter(reason for reason in result["reason"].to_pylist() if reason is not None)
-    captions = [len(found) for found in result["captions"].to_pylist() if found]
-    return {
-        "counts": {
-            "ingested": len(result),
-            "kept": int(np.count_nonzero(result["keep"].to_numpy())),
-            "dropped": {code: dropped[code] for code in REASONS if dropped[code]},
-        },
-        "failed": {code: int(failed[code].sum()) for code in REASONS if code in failed},
-        "merged_captions": sum(captions) - len(captions),
-    }
-
-
 def _write_shard(room: Room, shard: str) -> dict[str, float]:
     """Cut one shard out of the decisions."""
     number = room.shards().index(shard)
-    starts = shard_starts(room)
-    table = storage.read_table(room.path("decisions.parquet"))
-    part = table.slice(starts[number], starts[number + 1] - starts[number])
+    part = storage.read_row_group(room.path("decisions.parquet"), number)
     room.commit_shard("select", shard, part)
     return {"samples": len(part)}
