@@ -23,7 +23,7 @@ _PAIRS_PER_MEMBER = 4
 #: Fewer pairs than this at one picture are no spot, nor are many of which fewer than this share are
 #: pairs of each other: comparing what is kept of them would cost their square after all.
 _LEAST_SPOT, _LEAST_DENSITY = 16, 0.25
-#: Members above which spots are looked for before all pairs are computed, and how many are asked.
+#: Rows above which spots are looked for before all pairs are computed, and how many members ask.
 _LARGE_CELL, _ASKED = 256, 64
 #: Spots looked for among those asked, at most.
 _MOST_SPOTS = 64
@@ -72,7 +72,9 @@ def search_cell(
         Tells which pairs of places count. Asked only about the pairs of a spot's centre; the caller
         must ask about those returned.
     """
-    spots = _find_spots(around, members, min_cosine, confirm)
+    # With `most` a cell is large as soon as a row may have more copies in it than may be written.
+    large = _LARGE_CELL if most is None else min(most, _LARGE_CELL)
+    spots = _find_spots(around, members, min_cosine, confirm) if len(around) > large else []
     inside = np.zeros((len(spots), len(around)), bool)
     for number, spot in enumerate(spots):
         inside[number, spot] = True
@@ -108,8 +110,6 @@ def _plus_self(most: int | None) -> int | None:
 
 def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confirm) -> list[Array]:
     """Find spots among the pairs of a few members, where a cell is too large to see all."""
-    if len(members) <= _LARGE_CELL:
-        return []
     asked = members[np.linspace(0, len(members) - 1, _ASKED).astype(int)]
     number, other, _ = pairs_within(around.take(asked), around, min_cosine)
     apart = asked[number] != other

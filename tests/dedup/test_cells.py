@@ -129,6 +129,19 @@ def test_pixels_are_asked_about_the_nearest_and_about_centres() -> None:
     assert len(np.unique(np.concatenate(found.spots))) == 400
 
 
+@pytest.mark.parametrize("most", [40, 300])
+def test_more_copies_than_candidates_are_all_found_where_they_are_dense(most: int) -> None:
+    vectors = mixture(9, 190, 40)
+    members = np.arange(len(vectors))
+    found = search_cell(
+        Rows.of(vectors), members, 0.9, most, lambda one, two: np.ones(len(one), bool)
+    )
+    pairs = zip(found.left.tolist(), found.right.tolist(), strict=True)
+    written = {(min(pair), max(pair)) for pair in pairs}
+    assert written | pairs_of(vectors, found.spots, 0.9) == all_pairs(vectors, 0.9, members)
+    assert bool(found.spots) == (most == 40)
+
+
 def test_cells_on_one_picture_are_merged() -> None:
     rng = np.random.default_rng(6)
     others = unit_rows(rng.standard_normal((300, WIDTH)))

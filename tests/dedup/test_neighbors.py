@@ -133,3 +133,24 @@ def test_assign_cells_against_brute_force(most: int) -> None:
     given_up = np.arange(ordered.shape[1]) * (ordered[:, :1] - ordered)
     np.testing.assert_allclose(detours.T, given_up, atol=2e-3)
     assert (np.diff(detours, axis=0) >= 0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("min_cosine", [0.5, 0.95])
+def test_a_gpu_finds_what_its_cpu_twin_finds(
+    min_cosine: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(11)
+    vectors = np.concatenate([clustered(rng, 3000), clustered(rng, 3000, centres=1)])
+    vectors = vectors.astype(np.float16)
+    found = {}
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
+        rows = Rows.of(vectors)
+        assert rows.screen.device.type == device
+        left, right, cosines = pairs_within(rows, rows, min_cosine)
+        pairs = zip(left.tolist(), right.tolist(), strict=True)
+        found[device] = dict(zip(pairs, cosines.tolist(), strict=True))
+    differing = found["cuda"].items() ^ found["cpu"].items()
+    assert len(found["cpu"]) > 10_000
+    assert all(abs(cosine - min_cosine) < 1e-3 for _, cosine in differing)
