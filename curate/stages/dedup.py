@@ -17,15 +17,16 @@ from curate.schema import select_schema
 from curate.stages.base import OneOrMore, Room, Step, Table, execution_only, one_task, shard_tasks
 from curate.stages.dedup_earlier import open_runs
 from curate.stages.dedup_inputs import (
+    commit_keys,
     dedup_stage,
     earlier_runs,
     read_edges,
+    read_keys,
     read_known,
     read_nodes,
     read_spots,
     shard_start,
     shard_starts,
-    shard_vectors,
 )
 from curate.stages.dedup_recall import (
     choose_reach,
@@ -101,6 +102,7 @@ class Dedup(Likeness):
 
     def steps(self) -> tuple[Step, ...]:
         return (
+            Step("keys", commit_keys, shard_tasks),
             Step("collapse", _collapse, one_task),
             Step("centroids", train_cells, one_task),
             Step("cells", assign_shard, shard_tasks),
@@ -126,43 +128,22 @@ def _collapse(room: Room, task: str) -> dict[str, float]:
 
     Equal are equal bytes, and equal vectors where pixels are not asked or there are none.
     """
-    from curate.dedup.neighbors import row_digests
-
-    asks_pixels = dedup_stage(room).asks_pixels
-    uids, digests, vectors, usable, seen = [], [], [], [], []
-    for shard in room.shards():
-        table = room.read(shard, ["sha256"])
-        uids.append(table["uid"].to_numpy(zero_copy_only=False).astype("S32"))
-        digests.append(_digests(table["sha256"]))
-        seen.append(table["sha256"].is_valid().to_numpy() & asks_pixels)
-        found, valid = shard_vectors(room, shard)
-        usable.append(valid)
-        if not asks_pixels:
-            vectors.append(np.where(valid, row_digests(found), b""))
-    valid = np.concatenate(usable)
-    columns = [np.concatenate(parts) for parts in (digests, vectors) if parts]
-    edges = [groups.equal_value_edges(keys, keys != b"") for keys in columns]
+    names, valid = (read_keys(room, column) for column in ("uid", "usable"))
+    keys = (read_keys(room, column) for column in ("bytes", "vector"))
+    edges = [groups.equal_value_edges(values, values != b"") for values in keys]
     left, right = (np.concatenate(ends) for ends in zip(*edges, strict=True))
-    names = np.concatenate(uids)
     # The lowest uid of those that have a vector: shards may come in any order.
     order = np.empty(len(names), np.int64)
     order[np.lexsort((names, ~valid))] = np.arange(len(names))
     nodes = groups.label_components(len(names), left, right, order)
     storage.commit_array(room.path("nodes.npy"), nodes)
-    storage.commit_array(room.path("pixels.npy"), np.concatenate(seen))
+    storage.commit_array(room.path("pixels.npy"), read_keys(room, "pixels"))
     return {"samples": len(names), "equal": int((nodes != np.arange(len(nodes))).sum())}
-
-
-def _digests(column: pa.ChunkedArray) -> Array:
-    """(N,) S64: sha256 as text, empty where there is none."""
-    return np.asarray(column.fill_null("").to_numpy(zero_copy_only=False)).astype("S64")
 
 
 def _group(room: Room, task: str) -> dict[str, float]:
     """Commit cluster labels of all rows, and what `run.json` says about them."""
-    names = np.concatenate(
-        [room.read(shard, [])["uid"].to_numpy(zero_copy_only=False) for shard in room.shards()]
-    ).astype("S32")
+    names = read_keys(room, "uid")
     total = len(names)
     left, right, _ = read_edges(room, "edges")
     spots = read_spots(room)

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "commit_edges",
+    "commit_keys",
     "commit_spots",
     "dedup_stage",
     "draw_vectors",
     "earlier_runs",
     "read_edges",
+    "read_keys",
     "read_known",
     "read_nodes",
     "read_pixels",
@@ -68,52 +70,71 @@ def shard_start(room: Room, shard: str) -> int:
     return shard_starts(room)[room.shards().index(shard)]
 
 
-def shard_vectors(room: Room, shard: str) -> tuple[Array, Array]:
-    """(N, D) float16 and (N,) bool; zero and non-finite vectors count as missing."""
-    vectors, valid = storage.read_vectors(room.read(shard, ["image_emb"])["image_emb"])
-    return vectors, valid & storage.has_direction(vectors)
+def shard_vectors(room: Room, shard: str) -> Array:
+    """(N, D) float16; zeros where there is none."""
+    vectors, _ = storage.read_vectors(room.read(shard, ["image_emb"])["image_emb"])
+    return vectors
 
 
 def searched_vectors(room: Room, shard: str) -> tuple[Array, Array]:
-    """As `shard_vectors`, but only one of equal samples counts."""
-    return _first_of_equals(room, shard, shard_start(room, shard), read_nodes(room))
+    """(N, D) float16, and which count, (N,) bool: one of equal samples, and no zeros or NaN."""
+    usable = storage.read_array(room.path("keys", f"{shard}.npy"))["usable"]
+    own = shard_start(room, shard) + np.arange(len(usable))
+    return shard_vectors(room, shard), usable & (read_nodes(room)[own] == own)
 
 
-def _first_of_equals(room: Room, shard: str, start: int, nodes: Array) -> tuple[Array, Array]:
-    vectors, valid = shard_vectors(room, shard)
-    own = np.arange(start, start + len(vectors))
-    return vectors, valid & (nodes[own] == own)
+#: What tells samples apart, and draws among them: equal bytes or vectors have equal digests, empty
+#: where there is none; `pixels` is whether its pairs are confirmed by pixels.
+_KEYS = [
+    ("uid", "S32"),
+    ("bytes", "S32"),
+    ("vector", "S32"),
+    ("usable", "?"),
+    ("pixels", "?"),
+    ("recall", "<f8"),
+    ("centroids", "<f8"),
+]
+
+
+def commit_keys(room: Room, shard: str) -> dict[str, float]:
+    """Commit what later steps over all samples need to know of a shard's."""
+    from curate.dedup.neighbors import row_digests
+
+    stage = dedup_stage(room)
+    table = room.read(shard, ["sha256"])
+    vectors, valid = storage.read_vectors(room.read(shard, ["image_emb"])["image_emb"])
+    keys = np.zeros(len(table), _KEYS)
+    uids, digests = (table[name].fill_null("").to_pylist() for name in ("uid", "sha256"))
+    keys["uid"], keys["bytes"] = uids, [digest[:32] for digest in digests]  # 128 bits are enough
+    keys["usable"] = valid & storage.has_direction(vectors)
+    keys["pixels"] = table["sha256"].is_valid().to_numpy() & stage.asks_pixels
+    if not stage.asks_pixels:
+        keys["vector"] = np.where(keys["usable"], row_digests(vectors), b"")
+    for purpose in ("recall", "centroids"):
+        keys[purpose] = hash_unit(uids, stage.seed, purpose)
+    storage.commit_array(room.path("keys", f"{shard}.npy"), keys)
+    return {"samples": len(table)}
+
+
+def read_keys(room: Room, column: str) -> Array:
+    """Return one of the keys of all samples: (N,)."""
+    files = [storage.read_array(room.path("keys", f"{shard}.npy")) for shard in room.shards()]
+    return np.concatenate([keys[column] for keys in files])
 
 
 def draw_vectors(room: Room, count: int, purpose: str) -> tuple[Array, Array]:
-    """Return the vectors with the `count` smallest hashes, and their global rows, in that order."""
-    seed, nodes = dedup_stage(room).seed, read_nodes(room)
-    ranks, rows, parts = [], [], []
+    """Return the vectors with the `count` smallest draws, and their global rows, in that order."""
+    nodes = read_nodes(room)
+    rows = np.flatnonzero(read_keys(room, "usable") & (nodes == np.arange(len(nodes))))
+    rows = rows[np.argsort(read_keys(room, purpose)[rows], kind="stable")[:count]]
+    found: Array = np.zeros((len(rows), 0), np.float16)
     for shard, start in zip(room.shards(), shard_starts(room), strict=False):
-        vectors, valid = _first_of_equals(room, shard, start, nodes)
-        hashes = hash_unit(room.read(shard, [])["uid"].to_pylist(), seed, purpose)
-        # No shard can give more than all of the draw; this bounds what is held.
-        chosen = np.flatnonzero(valid)
-        chosen = chosen[np.argsort(hashes[chosen], kind="stable")[:count]]
-        ranks.append(hashes[chosen])
-        rows.append(start + chosen)
-        parts.append(vectors[chosen])
-        if sum(map(len, ranks)) > 2 * count:
-            ranks, rows, parts = _smallest(count, ranks, rows, parts)
-    _, (chosen_rows,), (vectors,) = _smallest(count, ranks, rows, parts)
-    return vectors, chosen_rows
-
-
-def _smallest(
-    count: int, ranks: list[Array], rows: list[Array], parts: list[Array]
-) -> tuple[list[Array], list[Array], list[Array]]:
-    all_ranks = np.concatenate(ranks)
-    order = np.argsort(all_ranks, kind="stable")[:count]
-    return (
-        [all_ranks[order]],
-        [np.concatenate(rows)[order]],
-        [np.concatenate(parts)[order]],
-    )
+        vectors = shard_vectors(room, shard)
+        if found.shape[1] == 0:
+            found = np.zeros((len(rows), vectors.shape[1]), np.float16)
+        inside = np.flatnonzero((rows >= start) & (rows < start + len(vectors)))
+        found[inside] = vectors[rows[inside] - start]
+    return found, rows
 
 
 def read_nodes(room: Room) -> Array:

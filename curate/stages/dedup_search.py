@@ -124,7 +124,7 @@ def spread_shard(room: Room, shard: str) -> dict[str, float]:
     """Commit the vectors of a shard once for every task that compares them, in order of task."""
     reach = storage.read_json(room.path("reach.json"))["reach"]
     parts = storage.read_array(room.path("parts.npy"))
-    vectors, _ = shard_vectors(room, shard)
+    vectors = shard_vectors(room, shard)
     cells = np.asarray(storage.read_array(room.path("cells", f"{shard}.npy")))
     detours = storage.read_array(room.path("detours", f"{shard}.npy"))
     visited = np.where((cells >= 0) & (detours <= np.float16(reach)), cells, -1)
