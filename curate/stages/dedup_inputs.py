@@ -105,7 +105,7 @@ def commit_keys(room: Room, shard: str) -> dict[str, float]:
     vectors, valid = storage.read_vectors(room.read(shard, ["image_emb"])["image_emb"])
     keys = np.zeros(len(table), _KEYS)
     uids, digests = (table[name].fill_null("").to_pylist() for name in ("uid", "sha256"))
-    keys["uid"], keys["bytes"] = uids, [digest[:32] for digest in digests]  # 128 bits are enough
+    keys["uid"], keys["bytes"] = uids, [digest[-32:] for digest in digests]  # 128 bits are enough
     keys["usable"] = valid & storage.has_direction(vectors)
     keys["pixels"] = table["sha256"].is_valid().to_numpy() & stage.asks_pixels
     if not stage.asks_pixels:
