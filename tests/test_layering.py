@@ -17,7 +17,7 @@ FLOORS = (
     ("dataset",),
     ("engine", "config"),
     ("stages",),
-    ("formats", "models", "dedup", "memorization", "report"),
+    ("formats", "models", "plugins", "dedup", "memorization", "report"),
     ("storage", "schema", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
