@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["PLUGIN", "count_letters"]
 
 #: Captions of fewer letters get no language.
-MIN_LETTERS = 10
+_MIN_LETTERS = 10
 #: A letter of a script whose signs are syllables or words says as much as so many of an alphabet.
 _DENSE = 3
 #: First of the blocks of such scripts: radicals, kana, ideographs, Hangul.
@@ -45,7 +45,7 @@ def _load() -> Score:
 
     def detect(caption: str | None) -> tuple[str | None, float | None]:
         text = " ".join((caption or "").split())[:_MAX_CHARS]
-        if count_letters(text) < MIN_LETTERS:
+        if count_letters(text) < _MIN_LETTERS:
             return None, None
         best = detector.detect(text)[0]
         return str(best["lang"]), float(best["score"])

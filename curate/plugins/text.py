@@ -6,7 +6,7 @@ those that no longer fit their caption once the text is masked, is better than d
 overlap, because many of them show what they name as well. Here the text is read instead of only
 found (PP-OCR, by rapidocr's packaged models), so that both sides are columns:
 
-- `text_area`: share of the picture inside the boxes of text that could be read.
+- `text_area`: share of the picture inside the boxes of lines that could be read, at most 200.
 - `text_overlap`: share of the caption's letters and digits that stand in the picture as well, in
   a stretch of at least 5 (2 of East Asian scripts) or as a whole word. Case, spaces and
   punctuation do not count: OCR loses them. 0 if the picture holds no text.
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PLUGIN", "measure_overlap"]
 
-#: Longest side that text is looked for at: letters that are too small at this size are smaller
-#: still at the 224 to 384 px of a model that trains on the picture.
-_LONGEST_PX = 960
+#: Longest side that text is looked for at: letters too small at this size are half as large at the
+#: 224 to 384 px of a model that trains on the picture.
+_LONGEST_PX = 736
+#: Lines that are read of one picture: a page of small print takes seconds as it is.
+_MAX_LINES = 200
 #: A line of a single sign is more often a shape than a letter.
 _MIN_SIGNS = 2
 #: What is kept of a picture full of text.
@@ -106,6 +108,7 @@ def _open_engine() -> Any:
             # Small pictures are not blown up: that takes four times as long and reads no more.
             "Det.limit_type": "max",
             "Det.limit_side_len": _LONGEST_PX,
+            "Det.max_candidates": _MAX_LINES,
             # By name: what is only described is downloaded where it is missing.
             "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
             "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
