@@ -7,7 +7,6 @@ import shutil
 import tomllib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import curate as package
+from curate.config import load_pipeline
+from curate.engine.runner import bind
 from curate.schema import public_columns, select_schema
 from tests.formats.vectors import draw_vectors, write_part
 from tests.support import (
@@ -23,6 +24,7 @@ from tests.support import (
     curate,
     only_error,
     read_decisions,
+    read_folder,
     read_report,
     read_shards,
     read_summary,
@@ -248,10 +250,18 @@ def test_captions_are_judged_where_there_are_no_images(tmp_path: Path) -> None:
     captions = [caption for _, _, caption in SAMPLES.values()]
     images = draw_vectors(len(captions))
     write_part(tmp_path / "embeddings", "00", images, images, caption=captions)
-    out = tmp_path / "out"
-    given = ("run", "dedup", "-i", tmp_path / "embeddings", "-o", out, "--workers", 1)
-    succeed(*given, "--set", ALL, "--set", "select.languages=en")
-    rows: list[dict[str, Any]] = read_decisions(out).to_pylist()
+    settings = {
+        ("ingest", "inputs"): (str(tmp_path / "embeddings"),),
+        ("embed", "plugins"): ["nsfw", "text", "language"],
+        ("select", "languages"): "en",
+    }
+    given = [(*place, value) for place, value in settings.items()]
+    for bound in bind(load_pipeline("dedup", given), str(tmp_path / "out")):
+        for step in bound.missing_steps():
+            for task in step.tasks(bound.room):
+                step.run(bound.room, task)
+        if bound.stage.name == "write":
+            rows = read_folder(Path(bound.room.path("decisions"))).to_pylist()
     dropped = {row["caption"] for row in rows if row["reason"] == "caption_language"}
     assert dropped == {SAMPLES[key][2] for key in ("german0", "german1", "french")}
     assert all(row["nsfw_probability"] is row["text_area"] is None for row in rows)

@@ -13,8 +13,9 @@ found (PP-OCR, by rapidocr's packaged models), so that both sides are columns:
 
 High overlap with a small area is a caption printed on a photograph, or a shop's sign: the picture
 may still show what the caption says. High overlap with a large area is a page, a slide or a logo.
-`select.max_text_overlap` with `select.min_overlap_area` tells them apart. T-MARS asks the model instead, by
-the cosine of the masked picture with the caption: that needs towers of one space, and is not done here.
+`select.max_text_overlap` with `select.min_overlap_area` tells them apart. T-MARS asks a model, by
+the cosine of the masked picture with the caption: that needs towers of one space, and is not done
+here.
 
 References
 ----------
