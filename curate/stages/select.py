@@ -337,22 +337,25 @@ def _plugin_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> N
             failed["caption_in_picture"] = reads & covered
         if stage.languages:
             sure = _numbers(table, "caption_language_probability") >= stage.min_language_probability
-            wanted = pc.is_in(table["caption_language"], pa.array(stage.languages, pa.string()))
-            failed["caption_language"] = sure & ~wanted.to_numpy()
+            failed["caption_language"] = sure & ~_speaks(stage, table)
+
+
+def _speaks(stage: Select, table: pa.Table) -> Array:
+    """(N,) bool: whether the caption is called one of the languages wanted."""
+    wanted = pa.array(stage.languages, pa.string())
+    return np.asarray(pc.is_in(table["caption_language"], wanted).to_numpy(), bool)
 
 
 def _unjudged(stage: Select, table: pa.Table, keep: Array) -> dict[str, int]:
     """Count the kept that a rule on a plug-in's score could not judge, by the rule's reason."""
-    asked = {
-        "nsfw": (stage.max_nsfw_probability is not None, "nsfw_probability"),
-        "caption_in_picture": (stage.max_text_overlap is not None, "text_overlap"),
-        "caption_language": (bool(stage.languages), "caption_language"),
-    }
-    return {
-        reason: int((keep & table[column].is_null().to_numpy()).sum())
-        for reason, (is_asked, column) in asked.items()
-        if is_asked
-    }
+    unjudged: dict[str, Array] = {}
+    if stage.max_nsfw_probability is not None:
+        unjudged["nsfw"] = table["nsfw_probability"].is_null().to_numpy()
+    if stage.max_text_overlap is not None:
+        unjudged["caption_in_picture"] = table["text_overlap"].is_null().to_numpy()
+    if stage.languages:
+        unjudged["caption_language"] = ~_speaks(stage, table)  # of no call, or of no sure one
+    return {reason: int((keep & rows).sum()) for reason, rows in unjudged.items()}
 
 
 def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:

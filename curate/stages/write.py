@@ -27,7 +27,7 @@ class Write(Stage):
     """Write kept samples with their original bytes, and the decision on every sample."""
 
     name: ClassVar[str] = "write"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     publishes: ClassVar[tuple[str, ...]] = ("decisions", "shards", "webdataset")
     reads_further: ClassVar[bool] = True
 
