@@ -33,7 +33,7 @@ _PIPELINE = "ingest: {}\nembed: {encoder: offline}\n"
 _THUMBNAIL_PX = 128
 
 
-def _alone(room: Room, choice: dict[str, Any], shards: list[str]) -> dict[str, float]:
+def measure_alone(room: Room, choice: dict[str, Any], shards: list[str]) -> dict[str, float]:
     """Core-seconds of each part over the samples of some shards, on one thread."""
     seconds = dict.fromkeys(("decode", "hash", "forward", "scale", "thumbnail"), 0.0)
 
@@ -69,7 +69,7 @@ def _side_by_side(room: Room, choice: dict[str, Any], cores: int) -> dict[str, f
 def _alone_in_process(room: Room, choice: dict[str, Any], shards: list[str]) -> dict[str, float]:
     keep_freed_memory()  # as workers do
     with torch_threads(1):
-        return _alone(room, choice, shards)
+        return measure_alone(room, choice, shards)
 
 
 def _location() -> tuple[str, ...]:

@@ -196,8 +196,7 @@ def _check_columns(where: str, stages: Sequence[Stage]) -> None:
         seen.add(stage.name)
         for column in stage.reads():
             if column not in writers:
-                owner = next((n for n, k in STAGES.items() if _could_write(k, column)), None)
-                advice = f" Add {owner} before it." if owner else ""
+                advice = _advise_writer(column, seen)
                 raise ConfigError(
                     f"{where}: {stage.name} reads the column {column}, which no earlier stage "
                     f"writes.{advice}"
@@ -211,10 +210,16 @@ def _check_columns(where: str, stages: Sequence[Stage]) -> None:
             writers[column] = stage.name
 
 
-def _could_write(kind: type[Stage], column: str) -> bool:
+def _advise_writer(column: str, present: Iterable[str]) -> str:
+    """Say what to add so that a column is written; nothing if nobody could."""
+    from curate.plugins import find_writer
     from curate.schema import COLUMNS
 
-    return column in COLUMNS and COLUMNS[column].stage == kind.name
+    plugin = find_writer(column)
+    if plugin is not None and "embed" in present:
+        return f" Add {plugin} to embed.plugins."
+    owner = COLUMNS[column].stage if column in COLUMNS else None
+    return f" Add {owner} before it." if owner in STAGES else ""
 
 
 def _without_paths(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

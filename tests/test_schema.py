@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 
 import curate
-from curate import schema
+from curate import plugins, schema
+from curate.plugins import BUILT_IN
 from curate.schema import (
     COLUMNS,
     REASONS,
@@ -79,7 +80,7 @@ def test_reasons_known_are_reasons_used() -> None:
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_parameters_named_in_reasons_exist(reason: str) -> None:
-    assert re.fullmatch(r"[a-z]+(_[a-z]+)+|mismatched|contaminated", reason)
+    assert re.fullmatch(r"[a-z]+(_[a-z]+)+|mismatched|contaminated|nsfw", reason)
     for stage, field in re.findall(r"\b([a-z]+)\.([a-z_]+)", REASONS[reason]):
         assert stage in STAGES, f"{reason} names {stage}.{field}"
         assert field in STAGES[stage].model_fields, f"{reason} names {stage}.{field}"
@@ -104,6 +105,7 @@ def test_every_column_of_a_stage_is_known_and_its_own() -> None:
             assert COLUMNS[written_column].stage == name
         assert {*stage.reads(), *stage.wants()} <= COLUMNS.keys()
     written = {c for kind in STAGES.values() for c in kind().writes()}
+    written |= {c.name for name in BUILT_IN for c in plugins.find(name).columns}
     for column in COLUMNS.values():
         if column.stage in STAGES and column.stage != "write":
             assert column.name in written, f"nobody writes {column.name}"

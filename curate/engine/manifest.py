@@ -25,6 +25,7 @@ _PACKAGES = (
     "pyarrow",
     "Pillow",
     "scikit-learn",
+    "onnxruntime",
 )
 
 

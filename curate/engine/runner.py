@@ -15,6 +15,7 @@ from curate.engine.finished import read_finished
 from curate.engine.manifest import fingerprint, is_complete, provenance
 from curate.engine.workers import ClusterOptions, Workers
 from curate.errors import CurateError, OutputError, ReconcileError, StorageError
+from curate.schema import COLUMNS
 from curate.stages.base import Room, Stage, Step, Table
 
 __all__ = [
@@ -90,6 +91,8 @@ def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
     bound = []
     for stage in pipeline.stages:
         columns = [*stage.reads(), *(c for c in stage.wants() if c in writers)]
+        if stage.reads_further:
+            columns += [column for column in writers if column not in COLUMNS]
         inputs = {writers[c]: prints[writers[c]] for c in columns}
         sources, fields = stage.sources(), stage.hashed_fields()
         origins = {

@@ -1,6 +1,7 @@
 """Everything that is known about a sample, and what would have kept it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ _LEAST_DIGITS = 6
 _SHOWN_MEMBERS = 20
 
 _MEMBER = ("caption", "keep", "reason", "representative_uid", "representative_cosine", "cluster_id")
+#: What `_show` tells beside columns.
+_PARTS = ("source", "captions", "cluster", "rules", "what_would_keep_it")
 _PLACE = ("member", "offset", "size_bytes", "row_group", "row", "metadata", "sha256")
 
 
@@ -87,13 +90,14 @@ def _only(run: _Run, uid: str, hits: list[tuple[str, str]]) -> tuple[str, str]:
 
 def _show(run: _Run, shard: str, uid: str) -> dict[str, Any]:
     names = (*public_columns("decisions"), *_PLACE, "captions")
-    table = run.room.read(shard, list(dict.fromkeys(run.columns(names))))
+    further = run.room.further()
+    table = run.room.read(shard, list(dict.fromkeys([*run.columns(names), *further])))
     row = table.filter(pc.equal(table["uid"], uid)).to_pylist()[0]
     source = {name: row.pop(name) for name in _PLACE if row.get(name) is not None}
     captions = row.pop("captions", None) or []
     failed = row.get("failed_rules") or []
     return {
-        **{name: row.get(name) for name in public_columns("decisions")},
+        **{name: row.get(name) for name in (*public_columns("decisions"), *further)},
         "source": {"file": row["source_file"], "key": row["key"], **source},
         "captions": captions,
         "cluster": _cluster(run, row),
@@ -128,12 +132,14 @@ def _advise(run: _Run, row: dict[str, Any], code: str) -> str:
     width, height = row.get("width") or 0, row.get("height") or 0
     chars = len((row["caption"] or "").strip())
     value = {
+        "nsfw": ("select.max_nsfw_probability", _round(row, "nsfw_probability", math.ceil)),
+        "caption_in_picture": ("select.max_text_overlap", _round(row, "text_overlap", math.ceil)),
         "caption_too_short": ("select.min_caption_chars", str(chars)),
         "caption_too_long": ("select.max_caption_chars", str(chars)),
         "image_too_small": ("select.min_side_px", str(min(width, height))),
         "caption_uninformative": (
             "select.min_caption_information",
-            f"{math.floor(1000 * (row.get('caption_information') or 0)) / 1000:g}",
+            _round(row, "caption_information", math.floor),
         ),
     }
     if width and height:
@@ -145,7 +151,14 @@ def _advise(run: _Run, row: dict[str, Any], code: str) -> str:
     return _OTHERWISE.get(code, "nothing in the pipeline: mend the source")
 
 
+def _round(row: dict[str, Any], name: str, step: Callable[[float], int]) -> str:
+    """Write a column's value in three digits, rounded up or down."""
+    return f"{step(1000 * (row.get(name) or 0)) / 1000:g}"
+
+
 _OTHERWISE = {
+    "caption_language": "another list of select.languages, or a higher "
+    "select.min_language_probability",
     "too_many_pixels": "a larger embed.max_pixels",
     "duplicate_earlier": "another list of dedup.against",
     "contaminated": "another list of decontaminate.inputs",
@@ -214,6 +227,8 @@ def describe_sample(found: dict[str, Any], out: str) -> str:
         ("shows", found["contaminated_by"] and _line(found["contaminated_by"])),
         ("copy of", found["earlier_uid"] and f"{found['earlier_uid']} of an earlier run"),
         ("memorized", found["memorization_kind"]),
+        ("language", found["caption_language"]),
+        ("reads", found["picture_text"] and _line(found["picture_text"])),
     ]
     lines = [f"{name:<11}{value}" for name, value in rows if value is not None]
     lines += _describe_scores(found)
@@ -233,14 +248,16 @@ def _line(value: Any) -> str:
 
 def _describe_scores(found: dict[str, Any]) -> list[str]:
     lines = []
-    for name in public_columns("decisions"):
-        value = found[name]
-        if COLUMNS[name].direction == "" and not name.endswith(("_score", "_cosine")):
+    known = public_columns("decisions")
+    further = [name for name in found if name not in (*known, *_PARTS)]
+    for name in (*known, *further):
+        value, column = found[name], COLUMNS.get(name)
+        direction = column.direction if column else ""
+        if column and direction == "" and not name.endswith(("_score", "_cosine")):
             continue
         if isinstance(value, float) and name != "weight":
             error = found.get(f"{name}_stderr")
             spread = f" ± {error:.4f}" if error is not None else ""
-            direction = COLUMNS[name].direction
             lines.append(f"  {name:<24}{value:>8.4f}{spread:<10}  {direction}".rstrip())
     return ["Scores:", *lines] if lines else []
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from curate import storage
 from curate.formats import Vectors
+from curate.schema import COLUMNS
 
 __all__ = [
     "OneOrMore",
@@ -108,6 +109,10 @@ class Room:
         """Location of one shard of a table."""
         return storage.join(self.folders[table], "shards", f"{shard}.parquet")
 
+    def further(self) -> list[str]:
+        """Columns of earlier stages that `curate` itself does not know: those of plug-ins."""
+        return [column for column in self.origins if column not in COLUMNS]
+
     def has(self, column: str) -> bool:
         """Tell whether an earlier stage writes `column`."""
         return column in self.origins
@@ -174,6 +179,8 @@ class Stage(BaseModel):
     version: ClassVar[int] = 1
     #: Folders within the first table's folder that become OUT/<name> when the run ends.
     publishes: ClassVar[tuple[str, ...]] = ()
+    #: Whether it also reads the columns of all plug-ins of other packages (`Room.further`).
+    reads_further: ClassVar[bool] = False
 
     def reads(self) -> tuple[str, ...]:
         """Columns that an earlier stage must write."""

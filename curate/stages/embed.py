@@ -1,28 +1,39 @@
 """embed: the only decode. Vectors, pixel facts and thumbnails in one pass over the images.
 
 Where the source supplies vectors instead of images they are taken over, and nothing is decoded.
+Score plug-ins look at the same decode; each fills a table of its own.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from pydantic import Field, field_validator
 
-from curate import storage
+from curate import plugins, storage
 from curate.formats.pixels import Decoded, decode, make_thumbnail
 from curate.models import parse_encoder
+from curate.plugins import PICTURE_PX
 from curate.schema import select_schema
-from curate.stages.base import Room, Stage, Step, Table, shard_tasks
+from curate.stages.base import OneOrMore, Room, Stage, Step, Table, shard_tasks
+from curate.stages.embed_plugins import (
+    AT_ONCE,
+    Scorer,
+    commit_scores,
+    open_scorer,
+    plugin_tables,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder, Precision
@@ -32,6 +43,8 @@ __all__ = ["Embed", "embed_images"]
 _LOCATION = ("source_file", "member", "offset", "size_bytes", "row_group", "row", "ingest_reason")
 #: Longest side of thumbnails: what proxies train on and the report shows.
 _THUMBNAIL_PX = 128
+#: Longest side of what plug-ins look at: a strip of a thousand to one is no picture.
+_LONGEST_PX = 2048
 #: Image batches are small on a CPU, so that what passes between layers stays in its cache: at
 #: 224 px 8 at once run faster than 16 or 32. Text batches, because captions of one length are few
 #: in a small shard, and batches are filled up to a fixed size.
@@ -54,10 +67,28 @@ class Embed(Stage):
         100_000_000, description="larger images are not decoded: `too_many_pixels`", ge=1
     )
 
+    plugins: OneOrMore = Field(
+        (), description="score plug-ins: `nsfw`, `text`, `language`, or those of other packages"
+    )
+
     @field_validator("encoder")
     @classmethod
     def _check_encoder(cls, value: str) -> str:
         parse_encoder(value)
+        return value
+
+    @field_validator("plugins")
+    @classmethod
+    def _check_plugins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        columns: dict[str, str] = {}
+        for name in value:
+            for column in plugins.find(name).columns:
+                if column.name in columns:
+                    raise ValueError(
+                        f"plug-ins of different columns; {columns[column.name]} and {name} both "
+                        f"write {column.name}"
+                    )
+                columns[column.name] = name
         return value
 
     def reads(self) -> tuple[str, ...]:
@@ -70,6 +101,7 @@ class Embed(Stage):
             Table("embed.vectors", vectors, ("encoder", "max_pixels")),
             Table("embed.pixels", pixels, ("max_pixels",)),
             Table("embed.thumbnails", ("thumbnail",), ("max_pixels",)),
+            *plugin_tables(self.plugins, ("max_pixels",)),
         )
 
     def steps(self) -> tuple[Step, ...]:
@@ -79,15 +111,22 @@ class Embed(Stage):
         )
 
     def hashed_fields(self) -> dict[str, Any]:
+        values = super().hashed_fields()
+        # A table depends on its own plug-in, not on which others are asked.
+        for name in values.pop("plugins"):
+            values[f"plugins.{name}"] = plugins.find(name).identity()
         family, model, weights = parse_encoder(self.encoder)
         if not Path(weights).is_file():
-            return super().hashed_fields()
+            return values
         # A local checkpoint is what it holds, wherever it lies.
         with Path(weights).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {**super().hashed_fields(), "encoder": f"{family}:{model}/sha256:{digest}"}
+        return {**values, "encoder": f"{family}:{model}/sha256:{digest}"}
 
     def warm(self, room: Room) -> None:
+        scorer = open_scorer(room, self.plugins)
+        if scorer is not None:
+            scorer.warm()
         if "embed.vectors" not in room.missing or room.has_source_vectors():
             return
         from curate.models.precision import pick_device
@@ -177,9 +216,11 @@ class _Sample:
     """What one decode yields."""
 
     decoded: Decoded
-    sha256: str | None
-    thumbnail: bytes | None
-    prepared: Any
+    sha256: str | None = None
+    thumbnail: bytes | None = None
+    prepared: Any = None
+    picture: Any = None
+    scores: dict[str, Any] = field(default_factory=dict)
 
 
 def _towers(room: Room) -> tuple["Encoder", dict[str, Any]]:
@@ -223,27 +264,35 @@ def _embed_shard(room: Room, shard: str) -> dict[str, float]:
     from curate.models.encoders import torch_threads
 
     index = room.read(shard, [*_LOCATION, "caption"])
-    uids = index.select(["uid"])
+    uids, captions = index.select(["uid"]), index["caption"].to_pylist()
+    scorer = open_scorer(room, _stage(room).plugins)
     if "embed.vectors" not in room.missing:
-        samples = [_strip(s) for s in _decode_all(room, room.open_images(index), None)]
-        _commit_facts(room, shard, uids, samples)
-        return _counts(samples)
+        needed = _needs_pixels(room, scorer)
+        opened = room.open_images(index) if needed else repeat(None, len(index))
+        samples = list(_decode_all(room, opened, None, scorer=scorer, captions=captions))
+        return _commit_facts(room, shard, uids, samples, scorer)
     encoder, choice = _towers(room)
     with torch_threads(choice["torch_threads"]):
-        decoded = _decode_all(room, room.open_images(index), encoder)
+        opened = room.open_images(index)
+        decoded = _decode_all(room, opened, encoder, scorer=scorer, captions=captions)
         samples, images, has_image = _encode_images(encoder, decoded, len(index), choice)
-        texts, has_text = _encode_texts(encoder, index["caption"].to_pylist(), choice)
+        texts, has_text = _encode_texts(encoder, captions, choice)
     vectors = _vector_table(uids, encoder.shared_space, images, has_image, texts, has_text)
     room.commit_shard("embed.vectors", shard, vectors)
-    _commit_facts(room, shard, uids, samples)
-    return _counts(samples)
+    return _commit_facts(room, shard, uids, samples, scorer)
+
+
+def _needs_pixels(room: Room, scorer: Scorer | None) -> bool:
+    """Tell whether anything but plug-ins that only read captions is missing."""
+    own = {table_of(plugin.name) for plugin in scorer.plugins} if scorer else set()
+    return bool(room.missing - own) or (scorer is not None and scorer.takes_pictures())
 
 
 def _take_over(room: Room, shard: str) -> dict[str, float]:
     """Commit what the source itself says: vectors, and the sides of images that are not here."""
-    index = room.read(shard, [*_LOCATION, "metadata"])
-    uids = index.select(["uid"])
-    counts: dict[str, float] = {"samples": len(index)}
+    index = room.read(shard, [*_LOCATION, "caption", "metadata"])
+    uids, captions = index.select(["uid"]), index["caption"].to_pylist()
+    counts: dict[str, float] = {}
     if "embed.vectors" in room.missing:
         found = room.read_source_vectors(index)
         shared = _shares_space(room.layout()["vectors"])
@@ -252,9 +301,11 @@ def _take_over(room: Room, shard: str) -> dict[str, float]:
         room.commit_shard("embed.vectors", shard, vectors)
         counts["without_vector"] = int((~found.has_image).sum())
     sides = [_read_sides(text) for text in index["metadata"].to_pylist()]
-    samples = [_Sample(Decoded(None, *both, None), None, None, None) for both in sides]
-    _commit_facts(room, shard, uids, samples)
-    return counts
+    samples = [_Sample(Decoded(None, *both, None)) for both in sides]
+    scorer = open_scorer(room, _stage(room).plugins)
+    if scorer is not None:
+        _score(scorer, samples, captions)
+    return counts | _commit_facts(room, shard, uids, samples, scorer)
 
 
 def _shares_space(widths: dict[str, int | None]) -> bool:
@@ -282,43 +333,81 @@ def _decode_all(
     images: Iterator[bytes | None],
     encoder: "Encoder | None",
     thumbnails: bool | None = None,
+    scorer: Scorer | None = None,
+    captions: Sequence[str | None] = (),
 ) -> Iterator[_Sample]:
-    """Decode images in order, ahead of the encoder where there are cores for it."""
+    """Decode images in order, and score them, ahead of the encoder where there are cores for it."""
     max_pixels = _stage(room).max_pixels
-    working_px = max(_THUMBNAIL_PX, encoder.image_px if encoder else 0)
+    # The same size whatever is asked for, so that a table made later is what it would have been.
+    working_px = max(PICTURE_PX, encoder.image_px if encoder else 0)
     small = "embed.thumbnails" in room.missing if thumbnails is None else thumbnails
+    looks = scorer is not None and scorer.takes_pictures()
 
-    def work(data: bytes | None) -> _Sample:
+    def look(data: bytes | None) -> _Sample:
         if not data:
             reason = None if data is None else "image_empty"
-            return _Sample(Decoded(None, None, None, reason), None, None, None)
+            return _Sample(Decoded(None, None, None, reason))
         decoded = decode(data, max_pixels, working_px)
         digest = hashlib.sha256(data).hexdigest()
         if decoded.image is None:
-            return _Sample(decoded, digest, None, None)
+            return _Sample(decoded, digest)
         thumbnail = make_thumbnail(decoded.image, _THUMBNAIL_PX) if small else None
         prepared = encoder.prepare(decoded.image) if encoder else None
-        return _Sample(_without_image(decoded), digest, thumbnail, prepared)
+        picture = _picture(data, decoded, working_px, max_pixels) if looks else None
+        return _Sample(_without_image(decoded), digest, thumbnail, prepared, picture)
 
+    def work(block: list[tuple[bytes | None, str | None]]) -> list[_Sample]:
+        samples = [look(data) for data, _ in block]
+        if scorer is not None:
+            _score(scorer, samples, [caption for _, caption in block])
+        return samples
+
+    given = zip(images, captions, strict=True) if scorer else ((data, None) for data in images)
+    # Blocks are for plug-ins alone: without any, decoding runs ahead picture by picture.
+    size = AT_ONCE if scorer else 1
+    blocks = iter(lambda: list(islice(given, size)), [])
     if room.threads < 2:
-        yield from map(work, images)
+        for block in blocks:
+            yield from work(block)
         return
     # One core stays for the encoder; Pillow and hashing release the interpreter's lock.
     with ThreadPoolExecutor(room.threads - 1) as pool:
-        ahead = [pool.submit(work, data) for data in islice(images, 4 * room.threads)]
+        begun = islice(blocks, (2 if scorer else 4) * room.threads)
+        ahead = [pool.submit(work, block) for block in begun]
         while ahead:
             done = ahead.pop(0).result()
-            ahead += [pool.submit(work, data) for data in islice(images, 1)]
-            yield done
+            ahead += [pool.submit(work, block) for block in islice(blocks, 1)]
+            yield from done
+
+
+def _picture(data: bytes, decoded: Decoded, working_px: int, max_pixels: int) -> Image.Image:
+    """Return what plug-ins see of an image, which does not depend on the encoder."""
+    image, width, height = decoded.image, decoded.width, decoded.height
+    assert image is not None
+    assert width is not None
+    assert height is not None
+    if working_px > PICTURE_PX and min(width, height) >= 4 * PICTURE_PX:
+        # A tower of more pixels had a large image scaled down by less.
+        image = decode(data, max_pixels, PICTURE_PX).image
+        assert image is not None
+    if max(image.size) > _LONGEST_PX:
+        image = image.copy()
+        image.thumbnail((_LONGEST_PX, _LONGEST_PX))
+    return image
+
+
+def _score(scorer: Scorer, samples: list[_Sample], captions: Sequence[str | None]) -> None:
+    """Give samples their scores, and let their pictures go."""
+    for start in range(0, len(samples), AT_ONCE):
+        block = samples[start : start + AT_ONCE]
+        pictures = [sample.picture for sample in block]
+        rows = scorer.score(pictures, captions[start : start + AT_ONCE])
+        for sample, row in zip(block, rows, strict=True):
+            sample.scores, sample.picture = row, None
 
 
 def _without_image(decoded: Decoded) -> Decoded:
     return Decoded(None, decoded.width, decoded.height, decoded.reason)
-
-
-def _strip(sample: _Sample) -> _Sample:
-    sample.prepared = None
-    return sample
 
 
 def _precision(tower: dict[str, Any]) -> "Precision":
@@ -413,7 +502,10 @@ def _vector_table(
     )
 
 
-def _commit_facts(room: Room, shard: str, uids: pa.Table, samples: list[_Sample]) -> None:
+def _commit_facts(
+    room: Room, shard: str, uids: pa.Table, samples: list[_Sample], scorer: Scorer | None
+) -> dict[str, float]:
+    """Commit everything but vectors; return the counts."""
     columns = {
         "width": [s.decoded.width for s in samples],
         "height": [s.decoded.height for s in samples],
@@ -428,6 +520,11 @@ def _commit_facts(room: Room, shard: str, uids: pa.Table, samples: list[_Sample]
             for field in select_schema(names):
                 content = content.append_column(field, pa.array(columns[field.name], field.type))
             room.commit_shard(table, shard, content)
+    counts = _counts(samples)
+    if scorer is not None:
+        rows = [sample.scores for sample in samples]
+        counts |= commit_scores(room, shard, uids, scorer, rows)
+    return counts
 
 
 def _counts(samples: list[_Sample]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from curate.report.page import Overview, read_assets, render_data, render_page
 from curate.report.words import describe_facts, stage_times
 from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
-from curate.stages.report_draw import FURTHER, SCORES, SHOWN, Drawn, draw
+from curate.stages.report_draw import FURTHER, SHOWN, Drawn, draw
 
 __all__ = ["Report", "RunFacts", "write_report"]
 
@@ -27,6 +27,7 @@ class Report(Stage):
     name: ClassVar[str] = "report"
     version: ClassVar[int] = 2
     publishes: ClassVar[tuple[str, ...]] = ("report",)
+    reads_further: ClassVar[bool] = True
 
     pictures: int = Field(24, description="samples shown for each reason", ge=1, le=200)
     seed: int = Field(0, description="draws which samples are shown")
@@ -117,7 +118,9 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
         }
     files = {
         **read_assets(),
-        "data.js": render_data(drawn.rows, pictures, SCORES, drawn.galleries, curve, drawn.places),
+        "data.js": render_data(
+            drawn.rows, pictures, drawn.scores, drawn.galleries, curve, drawn.places
+        ),
         "index.html": render_page(
             _overview(drawn, run), drawn.charts, curve, drawn.density, drawn.places
         ),

@@ -120,6 +120,8 @@ class Drawn:
     density : dict or None
         Counts over rarity and memorization.
     warnings : list of str
+    scores : tuple of str
+        Numeric columns of which the page speaks, those of plug-ins included.
     places : dict or None
         `points` (uid, across, down) of a random draw and the `share` of variance they show.
     """
@@ -133,7 +135,12 @@ class Drawn:
     ladder: list[str]
     density: dict[str, Any] | None
     warnings: list[str]
+    scores: tuple[str, ...]
     places: dict[str, Any] | None = None
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 class _Pass:
@@ -150,6 +157,7 @@ class _Pass:
         self.best = {name: _Best(min(count, _MOST_PICKED)) for name in _PICKED}
         self.mapped = _Best(_MAPPED)
         self.clusters: dict[str, int] = {}
+        self.scores = SCORES
         self.ranges: dict[str, tuple[float, float]] = {}
         self.captions: Counter[str] = Counter()
         self.spellings: dict[str, str] = {}
@@ -158,7 +166,9 @@ class _Pass:
 
     def read(self, shard: str) -> tuple[pa.Table, Array]:
         columns = [name for name in (*SHOWN, *FURTHER) if self.room.has(name)]
-        table = self.room.read(shard, columns)
+        further = self.room.further()
+        table = self.room.read(shard, [*columns, *further])
+        self.scores = (*SCORES, *(name for name in further if _is_number(table[name].type)))
         return table, hash_unit(table["uid"].to_pylist(), self.seed, "report")
 
     def look(self, table: pa.Table, ranks: Array) -> None:
@@ -174,7 +184,7 @@ class _Pass:
         self._find_clusters(table)
         self._judge(table)
         self._listen(table, ranks)
-        for name in SCORES:
+        for name in self.scores:
             values = numbers(table, name)
             if not np.isnan(values).all():
                 low, high = self.ranges.get(name, (np.inf, -np.inf))
@@ -272,7 +282,7 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
     totals = {reason: best.total for reason, best in first.by_reason.items()}
     return Drawn(
         totals, galleries, rows, found.charts, curve, rate, ladder, found.density,
-        _warn(first, totals), places,
+        _warn(first, totals), first.scores, places,
     )  # fmt: skip
 
 
@@ -361,7 +371,7 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
             density += _spread(table, memory, first.ranges[memory])
     charts = [
         Chart(name, *first.ranges[name], bins[name][0].tolist(), bins[name][1].tolist())
-        for name in SCORES
+        for name in first.scores
         if name in bins
     ]
     grid = None

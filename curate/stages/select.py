@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from curate import storage
@@ -15,8 +16,9 @@ from curate.dedup import groups
 from curate.memorization.folds import hash_unit
 from curate.memorization.mismatch import RUNGS
 from curate.memorization.rarity import RARE
+from curate.plugins import find_column
 from curate.schema import COLUMNS, select_schema
-from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
+from curate.stages.base import OneOrMore, Room, Stage, Step, Table, one_task, shard_tasks
 from curate.stages.dedup_inputs import read_edges, read_nodes, read_pixels, read_spots, shard_starts
 from curate.stages.score_inputs import read_phantoms
 from curate.stages.select_table import DECISION, Decisions, fold_caption, merge_captions
@@ -36,7 +38,7 @@ _PREFERENCES = {
 
 
 def _check_number(column: str) -> str:
-    found = COLUMNS.get(column)
+    found = COLUMNS.get(column) or find_column(column)
     if found is None or found.type is None or not _is_number(found.type):
         raise ValueError(f"a numeric column (see `curate columns`); {column!r} is not")
     return column
@@ -91,6 +93,27 @@ class Select(Stage):
     min_caption_information: float | None = Field(
         None, description="captions that say less are dropped", ge=0, le=1
     )
+    max_nsfw_probability: float | None = Field(
+        None, description="pictures that are more probably unsafe are dropped", ge=0, le=1
+    )
+    max_text_overlap: float | None = Field(
+        None,
+        description="samples are dropped if more of their caption stands in the picture",
+        ge=0,
+        le=1,
+    )
+    min_overlap_area: float = Field(
+        0.0,
+        description="max_text_overlap asks only pictures of which text covers this share",
+        ge=0,
+        le=1,
+    )
+    languages: OneOrMore = Field(
+        (), description="captions in other languages are dropped; ISO 639 codes"
+    )
+    min_language_probability: float = Field(
+        0.5, description="languages drops no caption of whose language less is sure", ge=0, le=1
+    )
     keep_fraction: Fraction | None = Field(
         None, description="keep the best share by a column: {column, fraction, highest}"
     )
@@ -125,6 +148,12 @@ class Select(Stage):
             columns.append("mismatch_probability")
         if self.min_caption_information is not None:
             columns.append("caption_information")
+        if self.max_nsfw_probability is not None:
+            columns.append("nsfw_probability")
+        if self.max_text_overlap is not None:
+            columns += ["text_overlap", "text_area"]
+        if self.languages:
+            columns += ["caption_language", "caption_language_probability"]
         if self.keep_fraction is not None:
             columns.append(self.keep_fraction.column)
         if "source" in self.prefer:
@@ -228,6 +257,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     failed: dict[str, Array] = {}
     _source_rules(stage, table, failed)
     _basic_rules(stage, table, failed)
+    _plugin_rules(stage, table, failed)
     _column_rules(stage, table, failed)
     eligible = ~np.any(list(failed.values()), axis=0) if failed else np.ones(len(table), bool)
     uids = table["uid"].to_numpy(zero_copy_only=False).astype("S32")
@@ -247,6 +277,9 @@ def _decide(room: Room, task: str) -> dict[str, float]:
         failed["duplicate_perceptual"] = matched
         failed["duplicate_semantic"] = (representative >= 0) & ~exact & ~matched
         facts["what_if"] = _what_if(copies, eligible)
+    unjudged = _unjudged(stage, table, keep)
+    if unjudged:
+        facts["unjudged"] = unjudged
     if stage.max_caption_repeats is not None:
         failed["caption_repeated"] = eligible & ~keep & (representative < 0)
     captions = table["caption"]
@@ -291,6 +324,38 @@ def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> No
         if stage.max_aspect is not None:
             aspect = np.maximum(width, height) / np.minimum(width, height)
             failed["aspect_too_extreme"] = aspect > stage.max_aspect
+
+
+def _plugin_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
+    """What the packaged plug-ins' scores say; a sample without one cannot be judged by it."""
+    with np.errstate(invalid="ignore"):  # NaN where there is no score
+        if stage.max_nsfw_probability is not None:
+            failed["nsfw"] = _numbers(table, "nsfw_probability") > stage.max_nsfw_probability
+        if stage.max_text_overlap is not None:
+            reads = _numbers(table, "text_overlap") > stage.max_text_overlap
+            covered = _numbers(table, "text_area") >= stage.min_overlap_area
+            failed["caption_in_picture"] = reads & covered
+        if stage.languages:
+            sure = _numbers(table, "caption_language_probability") >= stage.min_language_probability
+            failed["caption_language"] = sure & ~_speaks(stage, table)
+
+
+def _speaks(stage: Select, table: pa.Table) -> Array:
+    """(N,) bool: whether the caption is called one of the languages wanted."""
+    wanted = pa.array(stage.languages, pa.string())
+    return np.asarray(pc.is_in(table["caption_language"], wanted).to_numpy(), bool)
+
+
+def _unjudged(stage: Select, table: pa.Table, keep: Array) -> dict[str, int]:
+    """Count the kept that a rule on a plug-in's score could not judge, by the rule's reason."""
+    unjudged: dict[str, Array] = {}
+    if stage.max_nsfw_probability is not None:
+        unjudged["nsfw"] = table["nsfw_probability"].is_null().to_numpy()
+    if stage.max_text_overlap is not None:
+        unjudged["caption_in_picture"] = table["text_overlap"].is_null().to_numpy()
+    if stage.languages:
+        unjudged["caption_language"] = ~_speaks(stage, table)  # of no call, or of no sure one
+    return {reason: int((keep & rows).sum()) for reason, rows in unjudged.items()}
 
 
 def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:

@@ -27,8 +27,9 @@ class Write(Stage):
     """Write kept samples with their original bytes, and the decision on every sample."""
 
     name: ClassVar[str] = "write"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     publishes: ClassVar[tuple[str, ...]] = ("decisions", "shards", "webdataset")
+    reads_further: ClassVar[bool] = True
 
     shard_samples: int = Field(
         10_000, description="kept samples per shard at most; shards are of even size", ge=1
@@ -69,10 +70,14 @@ def _fill(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
 
 
 def _write_decisions(room: Room, shard: str) -> dict[str, float]:
-    """One row per ingested sample."""
-    names = public_columns("decisions")
-    table = room.read(shard, [name for name in names if name == "uid" or room.has(name)])
-    storage.commit_table(room.path("decisions", f"{shard}.parquet"), _fill(table, names))
+    """One row per ingested sample: the columns that all runs have, then those of plug-ins."""
+    names, further = public_columns("decisions"), room.further()
+    known = [name for name in names if name == "uid" or room.has(name)]
+    table = room.read(shard, [*known, *further])
+    content = _fill(table, names)
+    for name in further:
+        content = content.append_column(name, table[name])
+    storage.commit_table(room.path("decisions", f"{shard}.parquet"), content)
     kept = int(np.count_nonzero(table["keep"].to_numpy()))
     return {"samples": len(table), "kept": kept}
 

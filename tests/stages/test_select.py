@@ -25,6 +25,11 @@ ORIGINS = {
     "height": "embed.pixels",
     "sha256": "embed.pixels",
     "clip_score": "embed.vectors",
+    "nsfw_probability": "embed.nsfw",
+    "text_area": "embed.text",
+    "text_overlap": "embed.text",
+    "caption_language": "embed.language",
+    "caption_language_probability": "embed.language",
     "cluster_id": "dedup",
     "mismatch_probability": "score",
     "rarity": "score",
@@ -563,6 +568,61 @@ def test_decisions_do_not_depend_on_the_order_of_rows(tmp_path: Path, seed: int)
     assert all(a != b for a, b in pairwise(digests))
 
 
+def scored(number: int, **columns: Any) -> dict[str, Any]:
+    """Return a sample with scores of plug-ins, none of which any rule objects to."""
+    scores = {
+        "nsfw_probability": 0.1,
+        "text_area": 0.05,
+        "text_overlap": 0.0,
+        "caption_language": "en",
+        "caption_language_probability": 0.9,
+    }
+    return sample(number, **{**scores, **columns})
+
+
+def test_rules_on_the_scores_of_plugins(tmp_path: Path) -> None:
+    changes: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, []),
+        ({"nsfw_probability": 0.79}, []),
+        ({"nsfw_probability": 0.81}, ["nsfw"]),
+        ({"nsfw_probability": None}, []),
+        ({"text_overlap": 1.0}, []),  # a caption printed on a photograph
+        ({"text_area": 0.3}, []),
+        ({"text_overlap": 0.6, "text_area": 0.1}, ["caption_in_picture"]),
+        ({"text_overlap": 0.5, "text_area": 0.1}, []),
+        ({"text_overlap": None, "text_area": 0.4}, []),
+        ({"caption_language": "de"}, []),
+        ({"caption_language": "fr"}, ["caption_language"]),
+        ({"caption_language": "fr", "caption_language_probability": 0.59}, []),
+        ({"caption_language": None, "caption_language_probability": None}, []),
+        (
+            {"nsfw_probability": 0.9, "text_overlap": 1.0, "text_area": 0.9, "caption": ""},
+            ["nsfw", "caption_in_picture"],
+        ),
+    ]
+    rows = [scored(number, **columns) for number, (columns, _) in enumerate(changes)]
+    decided, facts = run(
+        tmp_path,
+        rows,
+        max_nsfw_probability=0.8,
+        max_text_overlap=0.5,
+        min_overlap_area=0.1,
+        languages=["en", "de"],
+        min_language_probability=0.6,
+    )
+    assert [row["failed_rules"] for row in decided] == [failed for _, failed in changes]
+    unjudged = {"nsfw": 1, "caption_in_picture": 1, "caption_language": 2}
+    assert facts["unjudged"] == unjudged
+    # Bounds on any column drop what has no value, and say so.
+    bounds = [{"column": "nsfw_probability", "max": 0.8}]
+    decided, facts = run(tmp_path, rows, thresholds=bounds)
+    failed = [row["reason"] == "outside_threshold" for row in decided]
+    assert failed == [
+        columns.get("nsfw_probability", 0.1) in (0.81, 0.9, None) for columns, _ in changes
+    ]
+    assert "unjudged" not in facts
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -591,4 +651,6 @@ def test_reads_what_its_rules_need() -> None:
         thresholds=[{"column": "clip_score", "min": 0.2}],
     )
     assert {"rarity", "clip_score"} <= set(ruled.reads())
+    assert {"text_overlap", "text_area"} <= set(Select(max_text_overlap=0.5).reads())
+    assert "caption_language_probability" in Select(languages="en").reads()
     assert set(ruled.reads()) | set(ruled.wants()) <= COLUMNS.keys()
