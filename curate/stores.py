@@ -27,6 +27,7 @@ _TRIES = 5
 _PAUSE_SECONDS = 0.25
 #: What an answer says that may be another one soon (RFC 9110, 6585).
 _BUSY = (408, 425, 429)
+_NO_SUCH_PATH = (None, 400, 404, 410)
 #: What a caller may want to know of a path, rather than of its store.
 _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
@@ -84,9 +85,10 @@ def ask(fs: fsspec.AbstractFileSystem, url: str, request: Callable[[], _Answer])
             return request()
         except Exception as error:
             status = _status(error)
-            if is_http(fs) and _may_pass(error, status) and number + 1 < _TRIES:
+            may_pass = _may_pass(error, status)
+            if is_http(fs) and may_pass and number + 1 < _TRIES:
                 time.sleep(_PAUSE_SECONDS * 2**number)
-            elif isinstance(error, _ANSWERS) and status in (None, 400, 404, 410):
+            elif isinstance(error, _ANSWERS) and not may_pass and status in _NO_SUCH_PATH:
                 raise
             elif isinstance(error, OSError) or not _is_ours(error):
                 raise _failure(url, error, status) from error

@@ -1,4 +1,4 @@
-"""Hold an OUT on an object store: a lock that must be renewed, as a killed process cannot release it.
+"""Hold an OUT on an object store by a lock that must be renewed: killed processes release none.
 
 The lock is an object that only one can create (a conditional put). Its holder rewrites it again and
 again; who finds one waits whether it changes, so that no clocks are compared. A holder that hung

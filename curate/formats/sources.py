@@ -170,8 +170,8 @@ def _patterns(inputs: Iterable[str]) -> Iterator[tuple[fsspec.AbstractFileSystem
             fs, path = storage.filesystem(text)
             if is_http(fs) and (glob.has_magic(path) or path.endswith("/")):
                 raise InputError(
-                    f"{text}: must name a file, as an HTTP server lists none and a query is no part "
-                    "of a name. Name files, or ranges of them as {000..123}."
+                    f"{text}: must name a file, as an HTTP server lists none and a query is no "
+                    "part of a name. Name files, or ranges of them as {000..123}."
                 )
             yield fs, path.rstrip("/") or "/", text
 
