@@ -1,8 +1,10 @@
 """WebDataset tars, with or without the table that img2dataset writes beside each."""
 
+import contextlib
 import io
 import json
 import logging
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -274,6 +276,7 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
                 start, end = offset, _reach(spans, i, gap)
                 file.seek(start)
                 data = file.read(end - start)
+                _read_ahead(file, end)
             image = data[offset - start : offset - start + size]
             if len(image) < size:
                 raise SourceChangedError(
@@ -281,6 +284,12 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
                     "It changed after it was indexed: put it back or start anew."
                 )
             yield image
+
+
+def _read_ahead(file: BinaryIO, end: int) -> None:
+    """Have a disk fetch what most probably comes next, while this part is worked on."""
+    with contextlib.suppress(OSError, AttributeError):  # no file of this system; not Linux
+        os.posix_fadvise(file.fileno(), end, _READ_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 _Spans = list[tuple[int | None, int | None]]
