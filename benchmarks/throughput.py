@@ -14,6 +14,7 @@ import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,10 +97,12 @@ def _evict(paths: Iterable[Path]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    def flush(path: Path) -> None:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(flush, (path for path in folder.rglob("*") if path.is_file())))
 
 
 def _timed(paths: list[Path], work: Callable[[], Any], written: Path | None = None) -> float:
@@ -143,6 +146,10 @@ def _run(bound: BoundStage, workers: Workers) -> None:
             pass
 
 
+def _place(bound: BoundStage) -> Path:
+    return Path(bound.room.path())
+
+
 def _work(room: Room, step: str, task: str) -> None:
     next(one for one in room.stage.steps() if one.name == step).run(room, task)
 
@@ -155,10 +162,13 @@ def _measure(
     ingest, everything, write = bind(pipeline, str(out))
     pairs = (
         (
-            ("ingest", lambda: _run(ingest, pool), out),
+            ("ingest", lambda: _run(ingest, pool), _place(ingest)),
             ("headers", lambda: _read_headers(paths), None),
         ),
-        (("write", lambda: _run(write, pool), out), ("copy", lambda: _copy(paths, copied), copied)),
+        (
+            ("write", lambda: _run(write, pool), _place(write)),
+            ("copy", lambda: _copy(paths, copied), copied),
+        ),
     )
     found = {}
     for pair in pairs:

@@ -31,17 +31,25 @@ class Gate:
     Parameters
     ----------
     rule : callable
-        `rule(method, path)` returns None, a status to fail with, or "cut": half a body.
+        `rule(method, path)` returns None, a status to fail with, "cut" for half a body, or "slow"
+        for an answer that comes after the next request.
     """
 
     app: App
     rule: Callable[[str, str], int | str | None] = lambda method, path: None
     seen: list[tuple[str, str, str]] = field(default_factory=list)
+    _next: threading.Condition = field(default_factory=threading.Condition)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        self.seen.append((method, path, environ.get("HTTP_RANGE", "")))
+        with self._next:
+            self.seen.append((method, path, environ.get("HTTP_RANGE", "")))
+            self._next.notify_all()
         fate = self.rule(method, path)
+        if fate == "slow":
+            with self._next:
+                before = len(self.seen)
+                self._next.wait_for(lambda: len(self.seen) > before, timeout=60)
         if isinstance(fate, int):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             code = FAILURES.get(fate, "Failed")

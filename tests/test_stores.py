@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -122,6 +123,19 @@ def test_a_store_that_fails_for_a_while(s3: Server, out: str, method: str, fate:
     names = ["before", "value"] if method == "PUT" else [] if method == "POST" else ["before"]
     assert sum(asked == method for asked, *_ in s3.gate.seen) >= 2
     assert storage.list_names(out) == names
+
+
+def test_a_store_that_does_not_answer(
+    s3: Server, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.commit_bytes(f"{out}/value", b"some bytes")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.2}})
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3.gate.fail(1, "slow", "GET", "value")
+    s3.gate.seen.clear()
+    assert storage.read_range(f"{out}/value", 5, 10) == b"bytes"
+    assert s3.gate.count("GET", "value") == 2
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_store_that_keeps_failing(s3: Server, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
