@@ -378,8 +378,7 @@ def read_row_group(url: str, number: int) -> pa.Table:
     ------
     FileNotFoundError
     """
-    fs, path = filesystem(url)
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with open_binary(url) as file, pq.ParquetFile(file) as parquet:
         return parquet.read_row_group(number)
 
 
