@@ -31,7 +31,7 @@ s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 #: Small shards, so that both workers have something to do.
-_SETTINGS = ("--set", "ingest.shard_samples=15", "--set", "write.shard_samples=20")
+_SETTINGS = ("--set", "ingest.shard_samples=8", "--set", "write.shard_samples=8")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Both:
 @pytest.fixture(scope="module")
 def both(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder = tmp_path_factory.mktemp("both")
-    source = write_subset(folder / "in", 60, 3)
+    source = write_subset(folder / "in", 30, 3)
     out, remote = folder / "out", "s3://bucket/out"
     run = ("run", "dedup", *_SETTINGS)
     succeed(*run, "--workers", 1, "--input", source, "--output", out)
@@ -133,7 +133,7 @@ def test_the_same_is_decided_and_written(both: Both) -> None:
     shards = pa.concat_tables(
         storage.read_table(str(path)) for path in sorted((both.copied / "shards").iterdir())
     )
-    assert len(shards) > 30
+    assert len(shards) > 15
     # stages/ names the tars by digest on a disk and by checksum on a store.
     names = {path.name for path in both.disk.iterdir()} - {".lock"}
     assert {path.name for path in both.copied.iterdir()} == names
@@ -168,7 +168,7 @@ def test_what_can_be_asked_of_it(store: Store, both: Both) -> None:
         for out in (both.disk, both.remote)
     ]
     assert samples[0] == samples[1]
-    assert len(samples[0]) > 30
+    assert len(samples[0]) > 15
 
 
 def test_exports(store: Store, both: Both, tmp_path: Path) -> None:

@@ -276,7 +276,8 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
                 start, end = offset, _reach(spans, i, gap)
                 file.seek(start)
                 data = file.read(end - start)
-                _read_ahead(file, end)
+                if gap == _READ_BYTES:
+                    _read_ahead(file, end)
             image = data[offset - start : offset - start + size]
             if len(image) < size:
                 raise SourceChangedError(
