@@ -304,6 +304,19 @@ def test_parquet_by_url(tmp_path: Path) -> None:
             assert list(read_images(server.url, found)) == images
 
 
+def test_vectors_by_url(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float16)
+    np.save(tmp_path / "v.npy", vectors)
+    for ranges in (True, False):
+        with serve_files(tmp_path, ranges) as server:
+            layout, (source,) = list_sources((f"{server.url}/v.npy",), server.url)
+            assert layout == "npy"
+            opener = FORMATS["npy"].open_vectors
+            assert opener is not None
+            rows = np.array([400, 7, 33])
+            np.testing.assert_array_equal(opener(source, None).image.take(rows), vectors[rows])
+
+
 def test_what_http_cannot_do_is_said(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("file_name,caption\na.jpg,x\n")
     with serve_files(tmp_path) as server:
