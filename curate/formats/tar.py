@@ -108,8 +108,7 @@ class Walk:
                 return
 
     def _read(self, offset: int, size: int) -> bytes:
-        if self._file.tell() != offset:
-            self._file.seek(offset)
+        self._file.seek(offset)  # costs nothing where the buffer has it; to ask where one is does
         return self._file.read(size)
 
     def _skip_sparse_map(self, block: bytes, data: int) -> int:
