@@ -1,6 +1,7 @@
 """The command line: parse, call, print, exit code."""
 
 import contextlib
+import io
 import json
 import logging
 import shutil
@@ -336,6 +337,22 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+class _LogObject(logging.StreamHandler[io.StringIO]):
+    """A log on an object store, which cannot append: written once more when the run ends."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(io.StringIO())
+        self._url = url
+
+    def close(self) -> None:
+        from curate import storage
+
+        with contextlib.suppress(CurateError):
+            before = storage.read_bytes(self._url) if storage.exists(self._url) else b""
+            storage.commit_bytes(self._url, before + self.stream.getvalue().encode())
+        super().close()
+
+
 @contextlib.contextmanager
 def _log_file(out: str) -> Iterator[None]:
     """Append what the run reports to OUT/run.log; warnings also go to the terminal."""
@@ -347,16 +364,17 @@ def _log_file(out: str) -> Iterator[None]:
     terminal.setLevel(logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handlers: list[logging.Handler] = [terminal]
-    if storage.is_local(out):
-        try:
-            handlers.append(_LogFile(storage.filesystem(f"{out}/run.log")[1]))
-        except OSError as error:
-            from curate.errors import OutputError
+    url = storage.join(out, "run.log")
+    try:
+        local = storage.is_local(out)
+        handlers.append(_LogFile(storage.filesystem(url)[1]) if local else _LogObject(url))
+    except OSError as error:
+        from curate.errors import OutputError
 
-            raise OutputError(
-                f"{out}: must be writable; {error.strerror}. Choose another --output."
-            ) from error
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        raise OutputError(
+            f"{out}: must be writable; {error.strerror}. Choose another --output."
+        ) from error
+    handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         logger.addHandler(handler)
     try:

@@ -233,15 +233,13 @@ _RANK_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1))
 
 
 def _blocks(url: str) -> list[_Block]:
-    fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with storage.open_binary(url) as file, pq.ParquetFile(file) as parquet:
         groups = range(parquet.num_row_groups)
         return [_Block(url, i, parquet.metadata.row_group(i).num_rows) for i in groups]
 
 
 def _read(block: _Block, columns: list[str]) -> Any:
-    fs, path = storage.filesystem(block.url)
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with storage.open_binary(block.url) as file, pq.ParquetFile(file) as parquet:
         return parquet.read_row_group(block.row_group, columns)
 
 

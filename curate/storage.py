@@ -7,6 +7,7 @@ on an object store it is one put.
 
 import contextlib
 import filecmp
+import io
 import json
 import os
 import re
@@ -15,15 +16,15 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from curate.errors import AlignmentError, InputError, StorageError
+from curate.errors import AlignmentError, StorageError
+from curate.stores import ask, filesystem, is_http, is_local, open_file
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -34,6 +35,7 @@ __all__ = [
     "commit_bytes",
     "commit_json",
     "commit_table",
+    "create_json",
     "exists",
     "expand_braces",
     "filesystem",
@@ -45,10 +47,12 @@ __all__ = [
     "list_names",
     "make_folder",
     "mirror",
+    "open_binary",
     "read_array",
     "read_array_rows",
     "read_bytes",
     "read_json",
+    "read_range",
     "read_row_group",
     "read_table",
     "read_vectors",
@@ -63,25 +67,6 @@ TEMPORARY_PREFIX = ".tmp-"
 _RAW_GROUP_ROWS = 1024
 
 
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the filesystem of `url` and its path there.
-
-    Raises
-    ------
-    InputError
-        If the protocol is unknown or the package it needs is not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: cannot be opened: {error}. Install what it names.") from error
-
-
-def is_local(url: str) -> bool:
-    """Tell whether `url` is on a local disk."""
-    return isinstance(filesystem(url)[0], LocalFileSystem)
-
-
 def join(folder: str, *names: str) -> str:
     """Join a folder's URL and names below it."""
     return "/".join([folder.rstrip("/"), *(name.strip("/") for name in names)])
@@ -90,14 +75,20 @@ def join(folder: str, *names: str) -> str:
 def exists(url: str) -> bool:
     """Tell whether there is a file or folder at `url`."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    if isinstance(fs, LocalFileSystem):
+        return bool(fs.exists(path))
+    try:  # HTTP's own answer is no even to a server that failed
+        ask(fs, url, lambda: fs.info(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def list_names(folder: str) -> list[str]:
     """Return the sorted names in a folder; empty if there is no such folder."""
     fs, path = filesystem(folder)
     try:
-        found = fs.ls(path, detail=False)
+        found = ask(fs, folder, lambda: fs.ls(path, detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
@@ -107,12 +98,12 @@ def walk_files(folder: str) -> dict[str, int]:
     """Return size in bytes by path relative to `folder`, for all files below it, sorted."""
     fs, path = filesystem(folder)
     root = path.rstrip("/") + "/"
-    found = fs.find(path, detail=True)
+    found = ask(fs, folder, lambda: fs.find(path, detail=True))
     return {name[len(root) :]: int(found[name]["size"] or 0) for name in sorted(found)}
 
 
 def make_folder(folder: str) -> None:
-    """Create a folder and those above it.
+    """Create a folder and those above it; on object stores there is nothing to create.
 
     Raises
     ------
@@ -120,6 +111,8 @@ def make_folder(folder: str) -> None:
         If it cannot be created.
     """
     fs, path = filesystem(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return  # some clients would create a bucket
     try:
         fs.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -130,7 +123,7 @@ def remove(url: str) -> None:
     """Remove a file or a folder and all below it; nothing happens if it is gone."""
     fs, path = filesystem(url)
     with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+        ask(fs, url, lambda: fs.rm(path, recursive=True))
 
 
 def _storage_error(url: str, error: OSError) -> StorageError:
@@ -139,6 +132,7 @@ def _storage_error(url: str, error: OSError) -> StorageError:
         "No space left on device": "Free some space and run the same command again to resume.",
         "Permission denied": "Make it writable or choose another --output.",
         "Read-only file system": "Choose another --output.",
+        "The specified bucket does not exist": "Create it and run the same command again.",
     }.get(why, "Run the same command again to resume.")
     return StorageError(f"{url}: cannot be written: {why}. {advice}")
 
@@ -162,7 +156,7 @@ def commit(url: str) -> Iterator[str]:
         if local:
             os.replace(temporary, path)
         else:
-            fs.put_file(str(temporary), path)
+            ask(fs, url, lambda: fs.put_file(str(temporary), path))
     except OSError as error:
         raise _storage_error(url, error) from error
     finally:
@@ -193,13 +187,70 @@ def read_bytes(url: str) -> bytes:
     FileNotFoundError
     """
     fs, path = filesystem(url)
-    return bytes(fs.cat_file(path))
+    return bytes(ask(fs, url, lambda: fs.cat_file(path)))
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Return bytes `start` to `end` of `url`.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    fs, path = filesystem(url)
+    if is_http(fs):  # its client does not see whether a server gave the range or everything
+        with open_binary(url, 0) as file:
+            file.seek(start)
+            return file.read(end - start)
+    return bytes(ask(fs, url, lambda: fs.cat_file(path, start=start, end=end)))
+
+
+def open_binary(url: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
+    """Open `url` for reading.
+
+    Parameters
+    ----------
+    buffer_bytes : int
+        How much of a remote file one request asks for at least; with 0, each read is one request.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    return open_file(url, buffer_bytes)
 
 
 def commit_json(url: str, value: Any) -> None:
     """Write `value` as readable JSON to `url` atomically."""
     text = json.dumps(value, indent=2, sort_keys=False, allow_nan=False, ensure_ascii=False)
     commit_bytes(url, (text + "\n").encode())
+
+
+def create_json(url: str, value: Any) -> bool:
+    """Write `value` to `url` on an object store unless there is something; tell whether it was.
+
+    Raises
+    ------
+    NotImplementedError
+        If the store cannot decide that by itself.
+    StorageError
+        If it cannot be written.
+    """
+    fs, path = filesystem(url)
+    data = json.dumps(value).encode()
+    try:
+        ask(fs, url, lambda: fs.pipe_file(path, data, mode="create"))
+    except FileExistsError:
+        return False
+    except TypeError as error:
+        raise NotImplementedError from error
+    except StorageError as error:
+        if "not implemented" in str(error):  # S3's answer to a header that it does not know
+            raise NotImplementedError from error
+        raise
+    except OSError as error:
+        raise _storage_error(url, error) from error
+    return True
 
 
 def read_json(url: str) -> Any:
@@ -223,23 +274,26 @@ def read_array(url: str) -> np.ndarray[Any, Any]:
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    with fs.open(path, "rb") as file:
-        return np.load(file, allow_pickle=False)
+    return np.load(io.BytesIO(read_bytes(url)), allow_pickle=False)
 
 
 def read_array_rows(url: str, start: int, end: int) -> np.ndarray[Any, Any]:
     """Return rows `start` to `end` of an array at `url`, and read no others."""
-    fs, path = filesystem(url)
-    if isinstance(fs, LocalFileSystem):
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[start:end])
-    with fs.open(path, "rb", block_size=1 << 16) as file:
+    if is_local(url):
+        return np.asarray(read_array(url)[start:end])
+    with open_binary(url, 1 << 12) as file:
         version = np.lib.format.read_magic(file)
         read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-        shape, _, kind = read_header(file)
+        shape, is_fortran, kind = read_header(file)
         begin = file.tell()
+    if is_fortran or kind.hasobject:
+        return read_array(url)[start:end]
+    first, last = (min(max(row, 0), shape[0]) for row in (start, end))
     row_bytes = kind.itemsize * int(np.prod(shape[1:]))
-    data = fs.cat_file(path, begin + start * row_bytes, begin + end * row_bytes)
-    return np.frombuffer(data, kind).reshape(-1, *shape[1:])
+    data = b""
+    if row_bytes and first < last:
+        data = read_range(url, begin + first * row_bytes, begin + last * row_bytes)
+    return np.frombuffer(data, kind).reshape(max(last - first, 0), *shape[1:])
 
 
 def commit_table(url: str, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
@@ -317,7 +371,7 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     wanted = None if columns is None else list(columns)
     if isinstance(fs, LocalFileSystem):
         return pq.read_table(path, columns=wanted, memory_map=True, partitioning=None)
-    with fs.open(path, "rb") as file:
+    with open_binary(url) as file:
         return pq.read_table(file, columns=wanted)
 
 
@@ -328,8 +382,7 @@ def read_row_group(url: str, number: int) -> pa.Table:
     ------
     FileNotFoundError
     """
-    fs, path = filesystem(url)
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with open_binary(url) as file, pq.ParquetFile(file) as parquet:
         return parquet.read_row_group(number)
 
 
@@ -340,8 +393,7 @@ def list_columns(url: str) -> list[str]:
     ------
     FileNotFoundError
     """
-    fs, path = filesystem(url)
-    with fs.open(path, "rb") as file:
+    with open_binary(url) as file:
         names: list[str] = pq.read_schema(file).names
     return names
 
@@ -465,7 +517,7 @@ def _link(source: str, target: str) -> None:
     fs, path = filesystem(source)
     target_path = filesystem(target)[1]
     if not isinstance(fs, LocalFileSystem):
-        fs.copy(path, target_path)
+        ask(fs, source, lambda: fs.cp_file(path, target_path))
         return
     with commit(target) as temporary:
         try:

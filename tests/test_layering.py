@@ -18,7 +18,7 @@ FLOORS = (
     ("engine", "config"),
     ("stages",),
     ("formats", "models", "plugins", "dedup", "memorization", "report"),
-    ("storage", "schema", "errors"),
+    ("storage", "stores", "schema", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

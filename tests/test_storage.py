@@ -184,7 +184,7 @@ def test_missing_files_are_missing(folder: str) -> None:
 
 
 def test_unknown_protocols_are_refused() -> None:
-    with pytest.raises(InputError, match="cannot be opened"):
+    with pytest.raises(InputError, match="must be a path or a URL that fsspec knows"):
         storage.filesystem("nonsense://bucket/x")
 
 

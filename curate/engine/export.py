@@ -303,8 +303,7 @@ def _execute(request: Request, step: str, task: str) -> dict[str, float]:
 def _batches(url: str) -> Iterator[pa.Table]:
     """Yield a shard's rows, a few hundred at a time."""
     names = list(public_columns("shards"))
-    fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with storage.open_binary(url) as file, pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=names):
             yield pa.Table.from_batches([batch])
 
@@ -360,9 +359,9 @@ def _gather(request: Request, task: str) -> dict[str, Any]:
     rows: list[dict[str, Any] | None] = [None] * wanted["samples"]
     for part in layout["inputs"]:
         segments = storage.read_array(request.state("segments", f"{part['name']}.npy"))
-        fs, path = storage.filesystem(request.state("segments", f"{part['name']}.arrow"))
+        url = request.state("segments", f"{part['name']}.arrow")
         for _, begin, end in segments[segments[:, 0] == int(task)].tolist():
-            with pa.ipc.open_stream(fs.cat_file(path, begin, end)) as stream:
+            with pa.ipc.open_stream(storage.read_range(url, begin, end)) as stream:
                 for row in stream.read_all().to_pylist():
                     rows[row.pop("place")] = row
     found = [row for row in rows if row is not None]

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from glob import has_magic
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
@@ -12,11 +13,13 @@ from filelock import FileLock, Timeout
 from curate import storage
 from curate.config import Pipeline
 from curate.engine.finished import read_finished
+from curate.engine.lease import hold
 from curate.engine.manifest import fingerprint, is_complete, provenance
 from curate.engine.workers import ClusterOptions, Workers
 from curate.errors import CurateError, OutputError, ReconcileError, StorageError
 from curate.schema import COLUMNS
 from curate.stages.base import Room, Stage, Step, Table
+from curate.stores import is_http
 
 __all__ = [
     "BoundStage",
@@ -203,6 +206,7 @@ def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterato
     OutputError
         If OUT is not ours, not writable, or in use.
     """
+    _check_store(out)
     names = [name for name in storage.list_names(out) if not name.startswith(_BEFORE_RUN)]
     if names and mark not in names:
         raise OutputError(
@@ -214,7 +218,8 @@ def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterato
     except StorageError as error:
         raise OutputError(str(error)) from error
     if not storage.is_local(out):
-        yield  # object stores have no lock that a killed process would release
+        with hold(storage.join(out, ".lock"), out, holds):
+            yield
         return
     lock = FileLock(storage.filesystem(storage.join(out, ".lock"))[1])
     try:
@@ -234,6 +239,18 @@ def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterato
         lock.release()
 
 
+def _check_store(out: str) -> None:
+    """Refuse a store that cannot be written, and names that its client would take for patterns."""
+    fs, path = storage.filesystem(out)
+    if is_http(fs):
+        raise OutputError(
+            f"{out}: must be on a disk or an object store; an HTTP server cannot be written. "
+            "Choose another --output."
+        )
+    if not storage.is_local(out) and has_magic(path):
+        raise OutputError(f"{out}: must hold none of * ? [ ]. Choose another --output.")
+
+
 def run(
     pipeline: Pipeline, out: str, options: ClusterOptions, progress: Progress
 ) -> dict[str, Any]:
@@ -250,6 +267,18 @@ def run(
     ------
     CurateError
     """
+    try:
+        return _run(pipeline, out, options, progress)
+    except OSError as error:
+        raise StorageError(
+            f"{out}: must stay as it is while a run uses it; got {error}. Run the same command "
+            "again to resume."
+        ) from error
+
+
+def _run(
+    pipeline: Pipeline, out: str, options: ClusterOptions, progress: Progress
+) -> dict[str, Any]:
     begun = time.monotonic()
     stages = bind(pipeline, out)
     unfinished = [bound for bound in stages if bound.room.missing]

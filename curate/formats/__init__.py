@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curate import storage
 from curate.errors import InputError, SourceChangedError
 from curate.formats import clip_retrieval, datacomp, folder, npy, parquet, webdataset
 from curate.formats.arrays import Pair, Stored, no_images, normalise
 from curate.formats.index import IMAGE_SUFFIXES, Scan
 from curate.formats.sources import File, Source, list_files, locate, split_suffix
+from curate.stores import is_http
 
 __all__ = [
     "FORMATS",
@@ -85,6 +87,8 @@ FORMATS = {
 }
 
 _TABLES = ("csv", "tsv", "jsonl")
+#: Layouts whose sources need no folder to be listed.
+_OF_SINGLE_FILES = ("webdataset", "parquet", "npy")
 _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tbz2", ".txz")
 
 
@@ -195,6 +199,11 @@ def list_sources(
             chosen = "datacomp"
         elif chosen == "parquet" and parquet.names_images(files):
             chosen = "folder"
+    if is_http(storage.filesystem(root)[0]) and chosen not in _OF_SINGLE_FILES:
+        raise InputError(
+            f"{where}: must be on a disk or an object store, as layout {chosen} is told from the "
+            "files of folders, and an HTTP server lists none. Copy it."
+        )
     sources = sorted(FORMATS[chosen].group(files), key=lambda source: source.name)
     if not sources:
         found = _summary(Counter(split_suffix(file.name)[1] for file in files))

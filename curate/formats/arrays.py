@@ -55,7 +55,8 @@ class Stored:
     def take(self, rows: Array) -> Array:
         """Return some rows, in the order asked: (M, D) floating, as stored.
 
-        A `.npy` on a local disk is memory-mapped; of a `.npz` the whole array is read.
+        Of a `.npy` what lies between the first and the last of them is read, of a `.npz` the
+        whole array.
 
         Raises
         ------
@@ -64,7 +65,8 @@ class Stored:
         """
         try:
             if self.member is None:
-                return np.asarray(storage.read_array(self.url)[rows])
+                first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+                return np.asarray(storage.read_array_rows(self.url, first, end)[rows - first])
             with open_binary(self.url) as file, np.load(file, allow_pickle=False) as arrays:
                 return np.asarray(arrays[self.member][rows])
         except (*_UNREADABLE, OSError) as error:

@@ -6,6 +6,7 @@ import itertools
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from curate.formats.sources import (
     parent,
     split_suffix,
 )
+from curate.stores import ask
 
 __all__ = ["group", "read_images", "scan"]
 
@@ -281,9 +283,9 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
             yield None
             continue
         try:
-            # Opened by path: as a URL a name with "::" would be taken apart.
-            with fs.open(f"{base.rstrip('/')}/{member}", "rb") as file:
-                image = file.read()
+            # Read by path: as a URL a name with "::" would be taken apart.
+            path = f"{base.rstrip('/')}/{member}"
+            image = ask(fs, path, partial(fs.cat_file, path))
         except OSError as error:
             raise _changed(source, member, error.strerror or str(error)) from error
         if len(image) != size:

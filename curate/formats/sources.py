@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import fsspec
@@ -14,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from curate import storage
 from curate.errors import InputError, SourceChangedError
+from curate.stores import ask, is_http
 
 __all__ = [
     "File",
@@ -33,8 +35,12 @@ _log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 16 << 10
 _BLOCKS = 64
-#: What stores call an object's checksum; an ETag may also depend on how it was uploaded.
-_CHECKSUMS = ("md5Hash", "content_md5", "crc32c", "ETag", "etag", "checksum")
+#: What stores call an object's checksum; an ETag may also depend on how it was uploaded. A plain
+#: HTTP server knows a time at best.
+_CHECKSUMS = (
+    *("md5Hash", "content_md5", "crc32c", "ETag", "etag", "checksum"),
+    *("Content-MD5", "Digest", "Last-Modified"),
+)
 _SOURCE_SUFFIXES = ("tar", "parquet", "csv", "tsv", "jsonl")
 
 
@@ -134,19 +140,21 @@ def check_name(name: str) -> str:
     return name
 
 
-def open_binary(url: str) -> BinaryIO:
+def open_binary(url: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
     """Open a file that was listed before, for reading.
+
+    Parameters
+    ----------
+    buffer_bytes : int
+        As of `storage.open_binary`.
 
     Raises
     ------
     SourceChangedError
         If it is gone.
     """
-    fs, path = storage.filesystem(url)
     try:
-        if isinstance(fs, LocalFileSystem):
-            return open(path, "rb")
-        return fs.open(path, "rb")
+        return storage.open_binary(url, buffer_bytes)
     except OSError as error:
         why = error.strerror or str(error)
         raise SourceChangedError(
@@ -160,11 +168,16 @@ def _patterns(inputs: Iterable[str]) -> Iterator[tuple[fsspec.AbstractFileSystem
         is_literal = "{" not in given or storage.exists(given)
         for text in [given] if is_literal else storage.expand_braces(given):
             fs, path = storage.filesystem(text)
+            if is_http(fs) and (glob.has_magic(path) or path.endswith("/")):
+                raise InputError(
+                    f"{text}: must name a file, as an HTTP server lists none and a query is no "
+                    "part of a name. Name files, or ranges of them as {000..123}."
+                )
             yield fs, path.rstrip("/") or "/", text
 
 
 def _is_pattern(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-    return glob.has_magic(path) and not fs.exists(path)
+    return glob.has_magic(path) and not ask(fs, path, lambda: fs.exists(path))
 
 
 def find_root(inputs: tuple[str, ...]) -> str:
@@ -195,7 +208,8 @@ def _find_root(inputs: tuple[str, ...], _: str) -> str:
             wild = next(i for i, part in enumerate(parts) if glob.has_magic(part))
             folders.append(parts[:wild])
         else:
-            is_file = split_suffix(path)[1] in _SOURCE_SUFFIXES or not fs.isdir(path)
+            is_file = is_http(fs) or split_suffix(path)[1] in _SOURCE_SUFFIXES
+            is_file = is_file or not ask(fs, text, partial(fs.isdir, path))
             folders.append((parent(path) if is_file else path).split("/"))
     if first is None:
         raise InputError("--input: must name at least one file or folder; got none.")
@@ -206,6 +220,8 @@ def _find_root(inputs: tuple[str, ...], _: str) -> str:
     path = "/".join(shared)
     if isinstance(first, LocalFileSystem):
         return path or "/"
+    if is_http(first) and len(shared) < 3:  # "https:", "", the server
+        raise InputError(f"{inputs[0]}: inputs must be on one server. Copy them or run twice.")
     if not path.strip("/") and first.protocol not in ("memory", ("memory",)):
         raise InputError(f"{inputs[0]}: inputs must share a bucket. Copy them or run twice.")
     return str(first.unstrip_protocol(path))
@@ -236,7 +252,10 @@ def _find(fs: fsspec.AbstractFileSystem, path: str, text: str) -> dict[str, dict
     """Return the store's record of each file below `path`, which may be a pattern."""
     try:
         is_pattern = _is_pattern(fs, path)
-        matches = fs.glob(path, detail=True) if is_pattern else {path: fs.info(path)}
+        if is_pattern:
+            matches = ask(fs, text, lambda: fs.glob(path, detail=True))
+        else:
+            matches = {path: ask(fs, text, lambda: fs.info(path))}
         found: dict[str, dict[str, Any]] = {}
         for one, info in matches.items():
             found |= _find_below(fs, one) if info["type"] == "directory" else {one: info}
@@ -256,7 +275,8 @@ def _find_below(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[st
     # By default an unreadable folder would be passed over in silence.
     options = {"on_error": "raise"} if isinstance(fs, LocalFileSystem) else {}
     found = {}
-    for name, info in fs.find(folder, detail=True, **options).items():
+    listed = ask(fs, folder, lambda: fs.find(folder, detail=True, **options))
+    for name, info in listed.items():
         if _is_hidden(name[len(prefix) :]):
             continue
         if info.get("islink") and fs.isdir(name):
@@ -292,7 +312,7 @@ def list_folder(folder: str) -> dict[str, File]:
     """Return the files right in a folder by base name, sorted; none if there is no such folder."""
     fs, path = storage.filesystem(folder)
     try:
-        found = fs.ls(path, detail=True)
+        found = ask(fs, folder, lambda: fs.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
     files = {}
@@ -307,8 +327,9 @@ def list_folder(folder: str) -> dict[str, File]:
 def identify(source: Source) -> dict[str, Any]:
     """Return what tells a source's content: its name, size and a digest of all its files.
 
-    A file's digest is its store's checksum, else BLAKE2b of up to 64 evenly spaced blocks of
-    16 KiB: all of a file of 1 MiB or less. Neither times nor places of files are part of it.
+    A file's digest is its store's checksum (of an HTTP server that has none the time of the last
+    change), else BLAKE2b of up to 64 evenly spaced blocks of 16 KiB: all of a file of 1 MiB or
+    less. Neither times of local files nor places of any are part of it.
 
     Raises
     ------
@@ -326,7 +347,7 @@ def identify(source: Source) -> dict[str, Any]:
 
 def _digest(file: File) -> str:
     content = hashlib.blake2b(digest_size=16)
-    with open_binary(file.url) as opened:
+    with open_binary(file.url, _BLOCK_BYTES) as opened:
         if file.size_bytes <= _BLOCKS * _BLOCK_BYTES:
             content.update(opened.read())
         else:

@@ -1,8 +1,10 @@
 """WebDataset tars, with or without the table that img2dataset writes beside each."""
 
+import contextlib
 import io
 import json
 import logging
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from curate import storage
 from curate.errors import InputError, SourceChangedError
 from curate.formats import index
 from curate.formats.img2dataset import join_table
@@ -47,8 +50,13 @@ _COMPRESSED = {
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
 }
+#: A remote tar is indexed in blocks: its headers alone would be one request each.
+_SCAN_BYTES = 8 << 20
+#: Images are read so many bytes at once, with what lies between them: everything where they make
+#: up a share of the tar, else gaps that cost less than going there anew, on a disk and remotely.
 _READ_BYTES = 16 << 20
-_GAP_BYTES = 64 << 10
+_STREAMED_SHARE = 1 / 4
+_GAP_BYTES, _REMOTE_GAP_BYTES = 64 << 10, 1 << 20
 
 
 def group(files: list[File]) -> list[Source]:
@@ -98,7 +106,7 @@ class _Group:
 
 
 def scan(source: Source, uid_column: str | None = None) -> Scan:
-    """Index a tar without reading its images.
+    """Index a tar: on a disk without reading its images, remotely in one pass over all of it.
 
     Parameters
     ----------
@@ -121,9 +129,10 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
     """
     counts: dict[str, float] = {}
     rows: list[Row] = []
-    with open_binary(source.url) as file:
-        refuse_compressed(source.url, file.read(8))
+    with open_binary(source.url, _SCAN_BYTES) as file:
         walk = Walk(file)
+        file.seek(0)
+        refuse_compressed(source.url, file.read(8))
         for run in _groups(walk, file, counts):
             rows.extend(_row(one, uid_column) for one in _split(run))
     if walk.damage:
@@ -239,7 +248,8 @@ def _caption(sample: _Group, fields: dict[str, Any]) -> tuple[str | None, str | 
 def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
     """Yield the bytes of each row's image in order; None where the row has none.
 
-    Images that lie close to each other are read at once, at most 16 MiB of them.
+    Where the images are more than a quarter of the part of the tar that they lie in, that part is
+    read from end to end; else those that lie close to each other are read at once.
 
     Parameters
     ----------
@@ -256,16 +266,18 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
     if all(offset is None for offset, _ in spans):
         yield from (None for _ in spans)
         return
-    start, data = 0, b""
-    with open_binary(source.url) as file:
+    start, data, gap = 0, b"", _choose_gap(source.url, spans)
+    with open_binary(source.url, 0) as file:
         for i, (offset, size) in enumerate(spans):
             if offset is None:
                 yield None
                 continue
             if not (start <= offset and offset + size <= start + len(data)):
-                start, end = offset, _reach(spans, i)
+                start, end = offset, _reach(spans, i, gap)
                 file.seek(start)
                 data = file.read(end - start)
+                if gap == _READ_BYTES:
+                    _read_ahead(file, end)
             image = data[offset - start : offset - start + size]
             if len(image) < size:
                 raise SourceChangedError(
@@ -275,14 +287,32 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
             yield image
 
 
-def _reach(spans: list[tuple[int | None, int | None]], first: int) -> int:
+def _read_ahead(file: BinaryIO, end: int) -> None:
+    """Have a disk fetch what most probably comes next, while this part is worked on."""
+    with contextlib.suppress(OSError, AttributeError):  # no file of this system; not Linux
+        os.posix_fadvise(file.fileno(), end, _READ_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+_Spans = list[tuple[int | None, int | None]]
+
+
+def _choose_gap(url: str, spans: _Spans) -> int:
+    """Return how far apart two images may lie that are read at once."""
+    placed = [(at, at + size) for at, size in spans if at is not None and size is not None]
+    extent = max(end for _, end in placed) - min(start for start, _ in placed)
+    if sum(end - start for start, end in placed) > _STREAMED_SHARE * extent:
+        return _READ_BYTES
+    return _GAP_BYTES if storage.is_local(url) else _REMOTE_GAP_BYTES
+
+
+def _reach(spans: _Spans, first: int, gap: int) -> int:
     """Return where the read that begins at the image of row `first` ends."""
     start, end = spans[first][0] or 0, 0
     for i in range(first, len(spans)):
         offset, size = spans[i]
         if offset is None or size is None:
             continue
-        near = end == 0 or end <= offset <= end + _GAP_BYTES
+        near = end == 0 or end <= offset <= end + gap
         if end and (not near or offset + size > start + _READ_BYTES):
             break
         end = offset + size

@@ -260,9 +260,8 @@ def _caption_vectors(room: Room) -> Iterator[tuple[Array, Array]]:
 def _write_shard(room: Room, shard: str) -> dict[str, float]:
     start = shard_start(room, shard)
     table = room.read(shard, [])
-    span = slice(start, start + len(table))
     names, sizes, agreement, earlier, nearness = (
-        storage.read_array(room.path(f"{name}.npy"))[span]
+        storage.read_array_rows(room.path(f"{name}.npy"), start, start + len(table))
         for name in (
             "cluster_uids",
             "sizes",

@@ -99,8 +99,8 @@ def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[st
     from curate.dedup.neighbors import Rows, pairs_within
 
     stage = dedup_stage(room)
-    queries = np.asarray(storage.read_array(room.path("queries.npy"))[first:end])
-    rows = np.asarray(storage.read_array(room.path("query_rows.npy"))[first:end])
+    queries = storage.read_array_rows(room.path("queries.npy"), first, end)
+    rows = storage.read_array_rows(room.path("query_rows.npy"), first, end)
     start = shard_start(room, shard)
     vectors, valid = searched_vectors(room, shard)
     base = np.flatnonzero(valid)
@@ -155,8 +155,8 @@ def compare_known(room: Room, task: str) -> dict[str, float]:
     number, shard = task.split("-")
     run = earlier_runs(room)[int(number)]
     count = storage.read_json(room.path("queries.json"))["queries"]
-    queries = np.asarray(storage.read_array(room.path("queries.npy"))[:count])
-    asked = np.asarray(storage.read_array(room.path("query_rows.npy"))[:count])
+    queries = storage.read_array_rows(room.path("queries.npy"), 0, count)
+    asked = storage.read_array_rows(room.path("query_rows.npy"), 0, count)
     rows, vectors = run.vectors(shard)
     first = first_row(room, int(number))
     own, theirs, thumbnails = Rows.of(queries), Rows.of(vectors), thumbnail_reader(room)

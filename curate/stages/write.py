@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,9 +141,11 @@ def _kept_rows(room: Room, parts: list[list[Any]]) -> Iterator[pa.Table]:
     for shard, first, end in parts:
         table = room.read(shard, columns)
         kept = table.filter(table["keep"]).slice(first, end - first)
+        # Opened once: how a source is best read depends on all that is wanted of it.
+        stream = room.open_images(kept)
         for start in range(0, len(kept), _ROWS_AT_ONCE):
             block = kept.slice(start, _ROWS_AT_ONCE)
-            images = list(room.open_images(block))
+            images = list(islice(stream, len(block)))
             _check_bytes(block, images)
             yield block.append_column("image", pa.array(images, pa.binary()))
 

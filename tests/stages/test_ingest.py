@@ -381,7 +381,7 @@ def test_inputs_in_two_stores(tmp_path: Path, data: Path) -> None:
         Ingest(inputs=(str(data), "memory://bucket/x")).sources()
     with pytest.raises(InputError, match="at least one file or folder"):
         Ingest().sources()
-    with pytest.raises(InputError, match="cannot be opened"):
+    with pytest.raises(InputError, match="must be a path or a URL that fsspec knows"):
         Ingest(inputs=("nosuchstore://x",)).sources()
 
 
