@@ -76,9 +76,10 @@ def good_rows(web: Web, count: int) -> Rows:
     ]
 
 
-def carry_out(source: Path, out: Path, **fields: Any) -> list[BoundStage]:
+def carry_out(source: Path, out: Path | str, **fields: Any) -> list[BoundStage]:
     """Download and index a list in this process, without a cluster."""
-    recipe = out.parent / "recipe.yaml"
+    recipe = source.parent.parent / "recipe.yaml"
+    recipe.parent.mkdir(exist_ok=True)
     recipe.write_text("ingest: {}\n", encoding="utf-8")
     given = {"allow_addresses": "127.0.0.1", "max_seconds": 10.0, "threads": 8, **fields}
     settings = [("ingest", "inputs", (str(source),))]
@@ -284,6 +285,28 @@ def test_hashes_are_verified(web: Web, tmp_path: Path) -> None:
     assert index[0]["md5"] == rows[0]["md5"].lower()
 
 
+def test_metadata_of_a_datacomp_pool_is_a_list(web: Web, tmp_path: Path) -> None:
+    """Without the npz files that hold its vectors, its rows are URLs."""
+    rows = []
+    for i, row in enumerate(good_rows(web, 3)):
+        image = pictures()[i][0]
+        rows.append(
+            {
+                "uid": f"{i + 1:032x}", "url": row["url"], "text": row["caption"],
+                "original_width": 10 + i, "original_height": 20,
+                "face_bboxes": [[0.1, 0.2, 0.3, 1]],
+                "clip_l14_similarity_score": 0.25, "sha256": hashlib.sha256(image).hexdigest(),
+            }
+        )  # fmt: skip
+    path = write_list(tmp_path / "in/00000000.parquet", rows)
+    index = index_of(carry_out(path, tmp_path / "out", verify_hash="sha256"))
+    assert [row["ingest_reason"] for row in index] == [None] * 3
+    for name in ("uid", "clip_l14_similarity_score", "face_bboxes", "sha256"):
+        assert [row[name] for row in index] == [row[name] for row in rows]
+    assert [row["caption"] for row in index] == [row["text"] for row in rows]
+    assert [row["list_original_width"] for row in index] == [10, 11, 12]
+
+
 def test_sizes_are_limited_and_images_resized_on_request(web: Web, tmp_path: Path) -> None:
     def picture(*size: int) -> bytes:
         buffer = io.BytesIO()
@@ -377,6 +400,18 @@ def test_failed_urls_are_tried_again_on_request(web: Web, tmp_path: Path) -> Non
     web.asked.clear()
     assert carry_out(path, out, shard_samples=4)[1].fingerprints == second[1].fingerprints
     assert not web.asked
+
+
+def test_an_object_store_takes_what_is_downloaded(web: Web, tmp_path: Path) -> None:
+    rows = [*good_rows(web, 3), {"url": web.url("/late.png"), "caption": "late"}]
+    path, out = write_list(tmp_path / "in/urls.csv", rows), f"memory://{tmp_path.name}/out"
+    first = index_of(carry_out(path, out))
+    assert [row["ingest_reason"] for row in first] == [None] * 3 + ["failed_to_download"]
+    web.serve("/late.png", pictures()[20][0])
+    second = carry_out(path, out, retry_failed=1)
+    assert [row["ingest_reason"] for row in index_of(second)] == [None] * 4
+    assert images(second)[web.url("/late.png")] == pictures()[20][0]
+    assert not [name for name in storage.walk_files(out) if "/.tmp-" in name]
 
 
 def test_a_retry_that_was_killed_between_two_files(web: Web, tmp_path: Path) -> None:
