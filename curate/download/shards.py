@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it imports a module that Python will drop
     from img2dataset import downloader, resizer, writer
 
-__all__ = ["FILES", "Request", "download", "make_resizer", "retry"]
+__all__ = ["FILES", "Request", "Resizer", "download", "make_resizer", "retry"]
 
 #: What a shard consists of, in the order in which it is committed.
 FILES = (".tar", ".parquet", "_stats.json")
