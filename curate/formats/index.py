@@ -15,7 +15,6 @@ from curate.schema import REASONS, select_schema
 
 __all__ = [
     "CAPTION_NAMES",
-    "FAILED",
     "IMAGE_SUFFIXES",
     "JSON_CAPTIONS",
     "KEY_NAMES",
@@ -45,8 +44,6 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 OTHER_IMAGE_SUFFIXES = ("avif", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg")
 CAPTION_NAMES = ("caption", "text", "txt", "TEXT", "title")
 JSON_CAPTIONS = ("caption", "text", "TEXT")
-#: What img2dataset's column `status` says of samples without an image: reason codes of ours too.
-FAILED = ("failed_to_download", "failed_to_resize")
 KEY_NAMES = ("key", "__key__", "id")
 MAX_CAPTION_BYTES = 16 << 20
 MAX_JSON_BYTES = 1 << 20

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from curate.errors import InputError, SourceChangedError
 from curate.formats import index
+from curate.formats.img2dataset import NO_IMAGE, STATS, check_stats, failure
 from curate.formats.index import Row, Scan
 from curate.formats.sources import File, Source, check_name, open_binary, split_suffix
 
@@ -18,6 +19,7 @@ __all__ = [
     "PATH_NAMES",
     "find_path_column",
     "group",
+    "holds_images",
     "names_images",
     "read_fields",
     "read_images",
@@ -48,12 +50,17 @@ class _Roles:
 
 
 def group(files: list[File]) -> list[Source]:
-    """Return one source per Parquet file."""
-    return [
-        Source(check_name(file.name), file.url, "parquet", file.size_bytes, (), (file,))
-        for file in files
-        if split_suffix(file.name)[1] == "parquet"
-    ]
+    """Return one source per Parquet file, with img2dataset's statistics beside it."""
+    names = {file.name for file in files}
+    sources = []
+    for file in files:
+        stem, suffix = split_suffix(file.name)
+        if suffix == "parquet":
+            has_stats = stem + STATS in names
+            beside = ((stem + STATS).rpartition("/")[2],) if has_stats else ()
+            name = check_name(file.name)
+            sources.append(Source(name, file.url, "parquet", file.size_bytes, beside, (file,)))
+    return sources
 
 
 def find_path_column(schema: pa.Schema) -> str | None:
@@ -62,6 +69,12 @@ def find_path_column(schema: pa.Schema) -> str | None:
         return None
     texts = [field.name for field in schema if _is_text(field.type)]
     return index.find_name(texts, PATH_NAMES)
+
+
+def holds_images(url: str, name: str) -> bool:
+    """Tell whether a Parquet file has a column of image bytes."""
+    with _opened(url, name) as parquet:
+        return _find_image(parquet.schema_arrow) is not None
 
 
 def names_images(files: list[File]) -> bool:
@@ -120,7 +133,8 @@ def _find_roles(schema: pa.Schema, name: str) -> _Roles:
     if image is None:
         raise InputError(
             f"{name}: must have a column of image bytes ({', '.join(_IMAGE_NAMES)} or a struct "
-            f"with bytes); got {', '.join(schema.names[:12])}. Rename the column."
+            f"with bytes), or one of URLs; found {', '.join(schema.names[:12])}. Rename the "
+            "column, or name that of URLs with --set download.url_column=NAME."
         )
     others = [field.name for field in schema if field.name != image[0]]
     captions = [n for n in others if _is_text(schema.field(n).type) or n in index.CAPTION_NAMES]
@@ -169,7 +183,10 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
                 f"{_first_line(error)}. Remove it or copy it again."
             ) from error
     index.number_repeats(rows)
-    return Scan(index.to_table(rows, source.name))
+    counts: dict[str, float] = {}
+    images = sum(row.ingest_reason not in (*NO_IMAGE, "image_missing") for row in rows)
+    check_stats(source, images, len(rows), counts)
+    return Scan(index.to_table(rows, source.name), counts)
 
 
 def read_rows(url: str, name: str, uid_column: str | None, key_names: tuple[str, ...]) -> list[Row]:
@@ -281,12 +298,11 @@ def _row(fields: dict[str, Any], number: int, roles: _Roles, uid_column: str | N
     raw = fields.get(roles.caption) if roles.caption else None
     caption, reason = index.clean_caption(raw if isinstance(raw, str) else None)
     key = fields.get(roles.key) if roles.key else None
-    status = fields.get("status")
     return Row(
         index.clean_text(str(number if key is None else key)),
         caption=caption,
         metadata=index.encode_metadata(fields, {"uid", roles.key or "", roles.caption or ""}),
-        ingest_reason=status if status in index.FAILED else reason,
+        ingest_reason=failure(fields) or reason,
         own_uid=index.find_uid(fields, uid_column),
     )
 
@@ -294,7 +310,7 @@ def _row(fields: dict[str, Any], number: int, roles: _Roles, uid_column: str | N
 def _note_image(row: Row, size: int | None, is_known: bool) -> None:
     """Put down the image's length and whether it is missing."""
     row.size_bytes = size
-    if is_known and not size and row.ingest_reason not in index.FAILED:
+    if is_known and not size and row.ingest_reason not in NO_IMAGE:
         missing = "image_missing" if size is None else "image_empty"
         row.ingest_reason = index.first_reason(row.ingest_reason, missing)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["Decoded", "decode", "make_thumbnail", "read_square", "read_thumbnail"]
+__all__ = ["Decoded", "decode", "make_thumbnail", "read_size", "read_square", "read_thumbnail"]
 
 #: What Pillow may try: raster formats with decoders that are fuzzed upstream. Formats that run
 #: programs or fetch files (EPS, MSP and the like) are left out.
@@ -76,6 +76,18 @@ def decode(data: bytes, max_pixels: int, working_px: int) -> Decoded:
                 return Decoded(_flatten(_shrink(upright, working_px)), width, height, None)
     except Exception:  # decoders meet hostile bytes: whatever they raise, the sample is undecodable
         return Decoded(None, width, height, "decode_error")
+
+
+def read_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height that an image's header gives; None if it is of no format we read."""
+    Image.MAX_IMAGE_PIXELS = None  # as in `decode`
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.size
+    except Exception:  # as in `decode`
+        return None
 
 
 def _shrink(image: Image.Image, working_px: int) -> Image.Image:

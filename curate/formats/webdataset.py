@@ -118,7 +118,7 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
     -------
     Scan
         Counts: `truncated_files`, `incomplete_shards` (img2dataset did not finish the shard),
-        `unreadable_tables`, `ignored_members`.
+        `unreadable_tables`, `stats_disagree`, `ignored_members`.
 
     Raises
     ------

@@ -7,6 +7,7 @@ __all__ = ["describe_facts", "stage_times"]
 _ODDITIES = {
     "truncated_files": "input files are cut off; what comes before the cut was read",
     "incomplete_shards": "img2dataset shards have no _stats.json: the download was not finished",
+    "stats_disagree": "img2dataset shards hold something else than their _stats.json says",
     "unreadable_tables": "tables beside tars could not be read and were left out",
 }
 
@@ -33,6 +34,21 @@ def stage_times(stages: dict[str, Any]) -> list[tuple[str, float, float]]:
     return [(stage, seconds, samples) for stage, (seconds, samples) in by_stage.items()]
 
 
+def _describe_input(facts: dict[str, Any]) -> list[str]:
+    """Tell what was left out before ingest and what a download gave."""
+    lines = []
+    skipped = facts.get("ingest", {}).get("skipped_shards", [])
+    if skipped:
+        shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        lines.append(f"Warning: {len(skipped)} incomplete shards were skipped: {shown}")
+    got = facts.get("download")
+    if got:
+        why = [f"{text} ({count})" for text, count in list(got["failed_at_first"].items())[:3]]
+        mostly = f"; failed at first: {', '.join(why)}" if why else ""
+        lines.append(f"Downloaded {got['images']} of {got['urls']} URLs{mostly}")
+    return lines
+
+
 def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str]:
     """Return a sentence for each figure; those to act on begin with "Warning: ".
 
@@ -47,6 +63,7 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
     for name, meaning in _ODDITIES.items():
         if scanned.get(name):
             lines.append(f"Warning: {scanned[name]:.0f} {meaning}")
+    lines += _describe_input(facts)
     recall = facts.get("dedup", {}).get("recall", {})
     if recall.get("recall") is not None:
         within = ""

@@ -3,6 +3,7 @@
 from curate.stages.base import Stage
 from curate.stages.decontaminate import Decontaminate
 from curate.stages.dedup import Dedup
+from curate.stages.download import Download
 from curate.stages.embed import Embed
 from curate.stages.ingest import Ingest
 from curate.stages.report import Report
@@ -14,5 +15,5 @@ __all__ = ["STAGES"]
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (Ingest, Embed, Decontaminate, Dedup, Score, Select, Write, Report)
+    for stage in (Download, Ingest, Embed, Decontaminate, Dedup, Score, Select, Write, Report)
 }

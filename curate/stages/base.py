@@ -64,7 +64,7 @@ class Room:
     threads : int
         Cores that one task may use.
     pipeline : tuple of Stage
-        All stages: the first alone knows where the sources lie.
+        All stages: `ingest` alone knows where the sources lie.
     """
 
     stage: "Stage"
@@ -78,9 +78,13 @@ class Room:
         """Return the run's stage of a kind, which a step of another may ask for."""
         return next(one for one in (self.stage, *self.pipeline) if isinstance(one, kind))
 
+    def source(self) -> "Stage":
+        """Return the stage that made the index."""
+        return next(stage for stage in self.pipeline if stage.name == "ingest")
+
     def open_images(self, index: pa.Table) -> Iterator[bytes | None]:
         """Yield the original bytes of index rows, in order; None where there is no image."""
-        return self.pipeline[0].open(index)
+        return self.source().open(index)
 
     def layout(self) -> dict[str, Any]:
         """What `ingest` found and decided: `samples`, `format`, `shards`, widths of `vectors`."""
@@ -94,12 +98,12 @@ class Room:
         try:
             layout = self.layout()
         except FileNotFoundError:  # nothing has run yet
-            return self.pipeline[0].supplies_vectors()
+            return self.source().supplies_vectors()
         return layout.get("vectors") is not None
 
     def read_source_vectors(self, index: pa.Table) -> Vectors:
         """Return the vectors that the source supplies for index rows, in order."""
-        return self.pipeline[0].open_vectors(index, self.layout())
+        return self.source().open_vectors(index, self.layout())
 
     def path(self, *names: str, table: str | None = None) -> str:
         """Location of a file in a table's folder, by default that of the stage's first table."""
@@ -181,6 +185,8 @@ class Stage(BaseModel):
     publishes: ClassVar[tuple[str, ...]] = ()
     #: Whether it also reads the columns of all plug-ins of other packages (`Room.further`).
     reads_further: ClassVar[bool] = False
+    #: What later stages read from outside is known only once this one is complete.
+    makes_input: ClassVar[bool] = False
 
     def reads(self) -> tuple[str, ...]:
         """Columns that an earlier stage must write."""
@@ -214,6 +220,17 @@ class Stage(BaseModel):
     def sources(self) -> list[dict[str, Any]]:
         """Identity of everything read from outside OUT; part of the fingerprint."""
         return []
+
+    def placed(self, folders: dict[str, str]) -> "Stage":
+        """Return the stage as it works where earlier tables lie in `folders`."""
+        return self
+
+    def prepare(self) -> None:
+        """Wait for what is read from outside, before a run begins."""
+
+    def asks_more(self, folder: str) -> bool:
+        """Tell whether a complete table is to be taken up again."""
+        return False
 
     def warm(self, room: Room) -> None:
         """Load what the tasks will need; called in the workers' background while others run."""

@@ -135,7 +135,7 @@ def _embed_source(room: Room, task: str) -> dict[str, float]:
 
 def _read_vectors(room: Room, source: Source, index: pa.Table) -> tuple[Array, Array]:
     """Return the source's vectors, if they can be of the run's space: (M, D) float16, (M,) bool."""
-    ingest = room.pipeline[0]
+    ingest = room.source()
     assert isinstance(ingest, Ingest)
     choice = _stage(room).vectors or ingest.vectors
     found = formats.measure_vectors(source, choice, len(index))

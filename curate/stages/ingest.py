@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -16,16 +17,21 @@ from pydantic import Field
 
 from curate import formats, storage
 from curate.errors import InputError
+from curate.formats.img2dataset import STATS
 from curate.formats.index import UID, first_reason
 from curate.formats.sources import Source, find_root, identify, open_binary
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
 
 __all__ = [
+    "DOWNLOADED",
     "Ingest",
     "Layout",
     "VectorChoice",
     "commit_sources",
+    "cut_shards",
+    "draw_ranks",
+    "hash_uid",
     "read_source",
     "source_tasks",
 ]
@@ -48,6 +54,10 @@ _COLUMNS = (
 Layout = Literal["auto", "webdataset", "parquet", "folder", "clip_retrieval", "datacomp", "npy"]
 VectorChoice = Literal["l14", "b32", "dedup"] | None
 
+#: Folder of the shards of `download`, within the stage's own.
+DOWNLOADED = "images"
+#: How often `incomplete: wait` looks.
+_POLL_SECONDS = 5.0
 #: A scan file has the index columns and the uid that a row falls back to if its own is taken.
 _SCAN_SCHEMA = select_schema(_COLUMNS).append(pa.field("hash_uid", pa.string()))
 _SCAN_GROUP_ROWS = 8192
@@ -60,6 +70,7 @@ class Ingest(Stage):
     """Index the input: one row per sample, with what was wrong before any pixel was read."""
 
     name: ClassVar[str] = "ingest"
+    version: ClassVar[int] = 2
 
     inputs: tuple[str, ...] = execution_only(
         (), "Files, folders, patterns and fsspec URLs to read; set by the command line."
@@ -74,6 +85,14 @@ class Ingest(Stage):
         default=None,
         description="Which of DataComp's arrays are taken: l14, b32, or the descriptor `dedup`, of "
         "images alone; default: the first of these that is there.",
+    )
+    incomplete: Literal["refuse", "skip", "wait"] = execution_only(
+        "refuse",
+        "What to do with shards that img2dataset has not finished: they have no _stats.json where "
+        "others have one.",
+    )
+    wait_seconds: float = execution_only(
+        86_400, "How long `incomplete: wait` waits for all of them.", gt=0
     )
     dataset: str = Field(
         default="", description="Name that keeps uids of different data sets apart."
@@ -125,7 +144,11 @@ class Ingest(Stage):
         InputError
             If an input is missing, empty or of another layout.
         """
-        layout, sources = formats.list_sources(self.inputs, self.folder(), self.format)
+        if self.incomplete == "refuse":
+            self._refuse(formats.find_incomplete(self.inputs, self.folder()))
+        layout, sources = formats.list_sources(
+            self.inputs, self.folder(), self.format, skip_incomplete=True
+        )
         if self.format == "auto":
             _log.info("ingest.format: %s (detected), %d sources", layout, len(sources))
         return sources
@@ -139,6 +162,47 @@ class Ingest(Stage):
             If an input is missing, empty or of another layout.
         """
         return [identify(source) | _supply(source) for source in self.list_sources()]
+
+    def placed(self, folders: dict[str, str]) -> Stage:
+        """Read what `download` made of the input, where the pipeline has it."""
+        if "download" not in folders:
+            return self
+        images = storage.join(folders["download"], DOWNLOADED)
+        # The rows' own uids are among what was downloaded, whatever column they were in.
+        told = {"inputs": (images,), "root": images, "format": "webdataset", "uid_column": None}
+        return self.model_copy(update=told)
+
+    def prepare(self) -> None:
+        """Wait for incomplete shards, or tell which are skipped."""
+        if self.incomplete == "refuse" or not self.inputs:
+            return
+        begun, waited = time.monotonic(), False
+        while unfinished := formats.find_incomplete(self.inputs, self.folder()):
+            if self.incomplete == "skip":
+                _log.warning("ingest: skipped, as incomplete: %s", ", ".join(unfinished))
+                return
+            if time.monotonic() - begun > self.wait_seconds:
+                self._refuse(unfinished)
+            if not waited:
+                _log.warning("ingest: waits for %s", ", ".join(unfinished))
+            waited = True
+            time.sleep(_POLL_SECONDS)
+            for text in self.inputs:
+                storage.filesystem(text)[0].invalidate_cache()
+
+    def _refuse(self, unfinished: list[str]) -> None:
+        if unfinished:
+            more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
+            raise InputError(
+                f"{self.inputs[0]}: shard {unfinished[0]}{more} must have its {STATS} as "
+                "others have; it has none, so its download is not finished. Finish it, or choose "
+                "--set ingest.incomplete=skip or =wait."
+            )
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        """Return the shards that were skipped, if there are any."""
+        skipped = storage.read_json(room.path("skipped.json"))
+        return {"skipped_shards": skipped} if skipped else {}
 
     def supplies_vectors(self) -> bool:
         kinds = {source.kind for source in self.list_sources()}
@@ -190,7 +254,10 @@ def _ingest(room: Room) -> Ingest:
 
 def _list(room: Room, task: str) -> dict[str, float]:
     """Put down the sources, so that not every task has to list the whole input again."""
-    sources = _ingest(room).list_sources()
+    ingest = _ingest(room)
+    sources = ingest.list_sources()
+    unfinished = formats.find_incomplete(ingest.inputs, ingest.folder())
+    storage.commit_json(room.path("skipped.json"), unfinished)
     count = commit_sources(room, sources)
     return {"sources": count, "size_bytes": sum(s.size_bytes for s in sources)}
 
@@ -230,7 +297,8 @@ def _scan(room: Room, task: str) -> dict[str, float]:
     return {"samples": table.num_rows, **found.counts}
 
 
-def _digest(*parts: str | int) -> str:
+def hash_uid(*parts: str | int) -> str:
+    """Return the uid, 32 hex digits, that follows from what identifies a sample."""
     # JSON keeps the parts apart whatever they hold: ("a", "bc") and ("ab", "c") differ.
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -241,11 +309,11 @@ def _with_uids(table: pa.Table, dataset: str) -> pa.Table:
     uids: list[str] = []
     fallbacks: list[str | None] = []
     for source, key, ordinal, own in zip(*(table[n].to_pylist() for n in names), strict=True):
-        hashed = _digest(dataset, source, key, ordinal)
+        hashed = hash_uid(dataset, source, key, ordinal)
         if own is None:
             uids.append(hashed)
         else:
-            uids.append(own if UID.fullmatch(own) else _digest(dataset, own))
+            uids.append(own if UID.fullmatch(own) else hash_uid(dataset, own))
         fallbacks.append(None if own is None else hashed)
     columns = {name: table[name] for name in _COLUMNS if name != "uid"}
     return (
@@ -283,7 +351,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
     size = ingest.shard_samples or min(max(math.ceil(total / 16), 256), 10_000)
     shards = [
         {"name": str(i).zfill(5), "samples": sum(b - a for _, a, b in parts), "parts": parts}
-        for i, parts in enumerate(_cut(counts, size))
+        for i, parts in enumerate(cut_shards(counts, size))
     ]
     layout = {"samples": total, "format": records[0]["kind"], "vectors": vectors, "shards": shards}
     storage.commit_json(room.path("layout.json"), layout)
@@ -315,7 +383,7 @@ def _agree_on_widths(names: list[str], urls: list[str]) -> dict[str, int | None]
     return {"image": found["image"], "text": found.get("text")} if found else None
 
 
-def _cut(counts: list[int], size: int) -> list[list[list[int]]]:
+def cut_shards(counts: list[int], size: int) -> list[list[list[int]]]:
     """Cut scans laid end to end into shards of `size` rows: [scan, start, stop] by shard."""
     shards: list[list[list[int]]] = []
     room = 0
@@ -387,15 +455,20 @@ def _pick(
         table = storage.read_table(url, ["uid", "hash_uid"])
         uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
         for row in _rows_of(repeats, scan):
-            uids[row] = fallbacks[row] or _digest("again", uids[row])
-        drawn = [hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest() for uid in uids]
-        ranks = np.append(ranks, np.frombuffer(b"".join(drawn), np.dtype(">u8")).astype(np.uint64))
+            uids[row] = fallbacks[row] or hash_uid("again", uids[row])
+        ranks = np.append(ranks, draw_ranks(uids, seed))
         here = np.stack([np.full(len(uids), scan), np.arange(len(uids))], axis=1)
         places = np.concatenate([places, here])
         if len(ranks) > limit:
             best = np.argsort(ranks, kind="stable")[:limit]
             ranks, places = ranks[best], places[best]
     return places[np.lexsort((places[:, 1], places[:, 0]))]
+
+
+def draw_ranks(uids: list[str], seed: int) -> npt.NDArray[np.uint64]:
+    """Return the places of samples in a random order that seed and uid decide: (N,) uint64."""
+    drawn = [hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest() for uid in uids]
+    return np.frombuffer(b"".join(drawn), np.dtype(">u8")).astype(np.uint64)
 
 
 def _write_shard(room: Room, task: str) -> dict[str, float]:
@@ -433,7 +506,7 @@ def _replace_repeats(table: pa.Table, is_repeat: npt.NDArray[np.bool_]) -> pa.Ta
     uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
     reasons = table["ingest_reason"].to_pylist()
     for row in np.flatnonzero(is_repeat):
-        uids[row] = fallbacks[row] or _digest("again", uids[row])
+        uids[row] = fallbacks[row] or hash_uid("again", uids[row])
         reasons[row] = first_reason(reasons[row], "duplicate_uid")
     table = table.set_column(0, "uid", pa.array(uids, pa.string()))
     position = table.column_names.index("ingest_reason")

@@ -171,7 +171,9 @@ def test_no_rows(tmp_path: Path) -> None:
 
 def test_errors_name_the_columns(tmp_path: Path) -> None:
     path = tmp_path / "0.parquet"
-    with pytest.raises(InputError, match=r"must have a column of image bytes .* got url, caption"):
+    with pytest.raises(
+        InputError, match=r"must have a column of image bytes .* found url, caption"
+    ):
         scan(path, pa.table({"url": ["u"], "caption": ["c"]}))
     pq.write_table(pa.table({"image": [JPEG], "caption": ["c"]}), path)
     with pytest.raises(InputError, match="uid_column must be one of image, caption; got hash"):

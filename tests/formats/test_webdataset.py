@@ -309,6 +309,7 @@ def test_table_of_img2dataset_is_joined_by_key(tmp_path: Path) -> None:
     keys = ["k4", "k2", "k3", "k1", "k5"]
     status = ["failed_to_download", "success", "success", "success", "failed_to_resize"]
     img2dataset_table(tmp_path / "0.parquet", keys, status=list(status))
+    (tmp_path / "0_stats.json").write_text('{"count": 5, "successes": 2}')
     found = scan(tar, "0.parquet", "0_stats.json")
     got = [(r["key"], r["caption"], r["own_uid"], r["ingest_reason"]) for r in rows_of(found)]
     assert got == [

@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -424,4 +425,72 @@ def test_only_what_changes_the_result_is_hashed() -> None:
     assert [name for name, is_execution_only in extras.items() if is_execution_only] == [
         "inputs",
         "root",
+        "incomplete",
+        "wait_seconds",
     ]
+
+
+def incomplete_folder(root: Path) -> Path:
+    """Three shards as img2dataset leaves them while it works on the second."""
+    for number in range(3):
+        make_tar(root / f"{number:05d}.tar", keys_of(number * 10, 2))
+        if number != 1:
+            stats = json.dumps({"count": 2, "successes": 2})
+            (root / f"{number:05d}_stats.json").write_text(stats, encoding="utf-8")
+    return root
+
+
+def test_incomplete_shards_are_refused_unless_told_otherwise(tmp_path: Path) -> None:
+    root = incomplete_folder(tmp_path / "in")
+    ingest = Ingest(inputs=(str(root),))
+    with pytest.raises(InputError) as caught:
+        ingest.sources()
+    message = str(caught.value)
+    assert "shard 00001 must have its _stats.json" in message
+    assert "ingest.incomplete=skip or =wait" in message
+    assert "\n" not in message
+
+
+def test_incomplete_shards_are_skipped_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = incomplete_folder(tmp_path / "in")
+    ingest = Ingest(inputs=(str(root),), incomplete="skip")
+    ingest.prepare()
+    assert caplog.messages == ["ingest: skipped, as incomplete: 00001"]
+    table, _, room = run(tmp_path, inputs=(str(root),), incomplete="skip")
+    assert set(table["source_file"].to_pylist()) == {"00000.tar", "00002.tar"}
+    assert ingest.facts(room) == {"skipped_shards": ["00001"]}
+    before = ingest.sources()
+    (root / "00001_stats.json").write_text('{"count": 2, "successes": 2}', encoding="utf-8")
+    assert len(ingest.sources()) == len(before) + 1
+    _, _, room = run(tmp_path, inputs=(str(root),), incomplete="skip")
+    assert ingest.facts(room) == {}
+
+
+def test_incomplete_shards_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = incomplete_folder(tmp_path / "in")
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            (root / "00001_stats.json").write_text('{"count": 2, "successes": 2}')
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    Ingest(inputs=(str(root),), incomplete="wait").prepare()
+    assert len(naps) == 2
+    assert caplog.messages == ["ingest: waits for 00001"]
+    assert len(run(tmp_path, inputs=(str(root),), incomplete="wait")[0]) == 6
+
+
+def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = incomplete_folder(tmp_path / "in")
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    ingest = Ingest(inputs=(str(root),), incomplete="wait", wait_seconds=100)
+    with pytest.raises(InputError, match="shard 00001 must have its _stats"):
+        ingest.prepare()
