@@ -1,11 +1,13 @@
 """Clean image–text data before a model is trained on it."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curate import audit, mitigation
     from curate.dataset import Samples
 
-__all__ = ["load"]
+__all__ = ["audit", "load", "mitigation"]
 __version__ = "0.1.0"
 
 
@@ -24,3 +26,10 @@ def load(out: str, **options: Any) -> "Samples":
     from curate.dataset import Samples
 
     return Samples(out, **options)
+
+
+def __getattr__(name: str) -> Any:
+    # These import torch too: `curate.audit.Monitor` works, and `import curate` stays light.
+    if name in ("audit", "mitigation"):
+        return importlib.import_module(f"curate.{name}")
+    raise AttributeError(f"module 'curate' has no attribute {name!r}")

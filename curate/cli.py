@@ -268,6 +268,62 @@ def export(
 
 
 @main.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option("--model", help="open_clip's name of the architecture, or a .json that describes it.")
+@click.option("--candidates", multiple=True, metavar="PATH", help="What the model trained on.")
+@click.option("--held-out", multiple=True, metavar="PATH", help="Pairs like these, not trained on.")
+@click.option("--reference", metavar="FILE", help="A checkpoint that has not seen the candidates.")
+@click.option("--run", "run_out", metavar="OUT", help="Finished run that judged the candidates.")
+@click.option("--output", "-o", "out", metavar="DIR", help="Where to write table and page.")
+@click.option(
+    "--limit", type=click.IntRange(2), default=10_000, show_default=True,
+    help="Candidates, and held-out pairs, measured at most.",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Draws them.")
+@click.option("--search/--no-search", default=True, help="Look for copies, and test deja vu.")
+@click.option("--drop-overlap", is_flag=True, help="Leave out held-out pairs that were trained on.")
+@click.option("--max-memorization", type=float, help="Exit 3 above this mean.")
+@click.option("--max-harmful", type=float, help="Exit 3 above this share memorized and wrong.")
+@click.option("--track", type=click.Choice(["mlflow", "wandb"]), help="Log the figures there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def audit(
+    checkpoints: tuple[str, ...],
+    candidates: tuple[str, ...],
+    held_out: tuple[str, ...],
+    run_out: str | None,
+    out: str | None,
+    track: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what trained models memorized.
+
+    CHECKPOINT is a file (safetensors, or a state dict of torch.save), a quoted pattern, or a folder
+    of embeddings: candidates/NAME.npy and held_out/NAME.npy for each modality. Several give the
+    curve over training. Exit code 3: a limit was exceeded.
+    """
+    from curate.audit import auditing
+    from curate.audit.tracking import check_tracker, track_series
+    from curate.engine.progress import make_progress
+    from curate.report.audit_words import describe_audit
+
+    if track:
+        check_tracker(track)
+    request = auditing.Request(
+        checkpoints=checkpoints, candidates=candidates, held_out=held_out, run=run_out, output=out,
+        **options,
+    )  # fmt: skip
+    with make_progress() as progress:
+        report = auditing.audit(request, progress)
+    click.echo(json.dumps(report, indent=2) if as_json else describe_audit(report))
+    if track:
+        series = [(one["step"], auditing.figures(one)) for one in report["checkpoints"]]
+        parameters = {name: str(value) for name, value in vars(request).items()}
+        track_series(track, out or checkpoints[0], parameters, series)
+    auditing.check_limits(report, request.max_memorization, request.max_harmful)
+
+
+@main.command()
 @click.argument("out")
 def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""

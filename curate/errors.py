@@ -7,6 +7,7 @@
     │   ├── ConfigError         a pipeline, a `--set` or an option does not hold
     │   ├── InputError          an input is missing, unreadable or of an unknown layout
     │   └── OutputError         OUT is taken, locked, not ours or not writable
+    ├── LimitExceededError (3)  an audit measured more than was allowed
     └── RunError (1)            the run began and could not end well
         ├── MissingWeightsError an encoder's weights cannot be had here
         ├── PluginError         a score plug-in does not load or does not score
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigError",
     "CurateError",
     "InputError",
+    "LimitExceededError",
     "MissingWeightsError",
     "NothingKeptError",
     "OutputError",
@@ -60,6 +62,12 @@ class InputError(UsageError):
 
 class OutputError(UsageError):
     """OUT is taken, locked, not ours or not writable."""
+
+
+class LimitExceededError(CurateError):
+    """An audit measured more than was allowed."""
+
+    exit_code = 3
 
 
 class RunError(CurateError):

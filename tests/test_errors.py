@@ -90,7 +90,8 @@ def test_errors_survive_the_way_from_a_worker(kind: type[CurateError]) -> None:
 
 def test_exit_codes() -> None:
     for kind in ERRORS:
-        assert kind.exit_code == (2 if issubclass(kind, errors.UsageError) else 1)
+        code = 3 if kind is errors.LimitExceededError else 1
+        assert kind.exit_code == (2 if issubclass(kind, errors.UsageError) else code)
 
 
 def test_every_error_is_raised_somewhere() -> None:

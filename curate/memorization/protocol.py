@@ -22,6 +22,7 @@ __all__ = [
     "draw_sets",
     "sign_test",
     "summarize",
+    "summarize_set",
     "training_masks",
 ]
 
@@ -274,7 +275,10 @@ def summarize(
     members = {name: names == name for name in SETS}
     if sum(len(np.unique(ids[rows])) for rows in members.values()) > len(np.unique(ids)):
         raise ValueError("clusters: must lie in one set each; got one in two; use draw_sets")
-    found = {name: _summarize(name, values[rows], ids[rows]) for name, rows in members.items()}
+    found = {
+        name: summarize_set(f"sets: {name}", values[rows], ids[rows])
+        for name, rows in members.items()
+    }
     shared, candidate, independent, external = found.values()
     about = slack * abs(candidate.mean)
     correct = (
@@ -287,11 +291,25 @@ def summarize(
     return Summary(found, correct)
 
 
-def _summarize(name: str, values: Array, ids: Array) -> SetSummary:
-    inverse, sizes = np.unique(ids, return_inverse=True, return_counts=True)[1:]
+def summarize_set(where: str, values: Array, clusters: Array) -> SetSummary:
+    """Summarize a measure over samples of which those of one cluster are not independent.
+
+    Parameters
+    ----------
+    where : str
+        Begins the error.
+    values : (N,) float64, finite
+    clusters : (N,) int or str
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two clusters.
+    """
+    inverse, sizes = np.unique(clusters, return_inverse=True, return_counts=True)[1:]
     count = len(sizes)
     if count < 2:
-        raise ValueError(f"sets: must hold at least two clusters each; {name} got {count}")
+        raise ValueError(f"{where}: must hold at least two clusters; got {count}")
     mean = values.mean()
     # A cluster's samples are not independent: the deviations of a cluster count as one.
     deviations = np.bincount(inverse, values - mean)

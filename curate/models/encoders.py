@@ -6,6 +6,7 @@ weights come inside packages).
 """
 
 import contextlib
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,19 @@ from PIL import Image
 
 from curate.errors import ConfigError, MissingWeightsError
 from curate.models import parse_encoder
+from curate.models.weights import fit_weights, read_weights
 
-__all__ = ["Encoder", "Precision", "batches", "load_encoder", "pad_rows", "torch_threads"]
+__all__ = [
+    "Encoder",
+    "Precision",
+    "batches",
+    "embed_captions",
+    "load_checkpoint",
+    "load_encoder",
+    "pad_rows",
+    "pad_tokens",
+    "torch_threads",
+]
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,50 @@ def load_encoder(name: str, device: str) -> Encoder:
     family, model, weights = parse_encoder(name)
     if family == "offline":
         return _Offline(device)
-    return _OpenClip(model, weights, device)
+    return _OpenClip(model, *_load_open_clip(model, weights), device)
+
+
+def load_checkpoint(model: str, path: str, device: str) -> Encoder:
+    """Load a model of open_clip from a file of a training.
+
+    Parameters
+    ----------
+    model : str
+        Name that open_clip knows, or the path of its configuration (.json).
+    path : str
+        safetensors, or what `torch.save` wrote of tensors and plain values alone: a state dict, or
+        open_clip's trainer's checkpoint with a `state_dict`, names of DistributedDataParallel
+        included.
+    device : str
+
+    Raises
+    ------
+    ConfigError
+        If the architecture is unknown, or the file holds the weights of another.
+    InputError
+        If the file cannot be read, or holds code.
+    """
+    import open_clip
+
+    name = _known_model(open_clip, model)
+    loaded, _, transform = open_clip.create_model_and_transforms(name)
+    fit_weights(loaded, read_weights(path), f"{path}: must hold weights of {name}")
+    return _OpenClip(name, loaded, transform, device)
+
+
+def _known_model(open_clip: Any, model: str) -> str:
+    """Return open_clip's name of a model, after telling it of a configuration in a file."""
+    name = model
+    if model.endswith(".json") and Path(model).is_file():
+        open_clip.add_model_config(model)
+        name = Path(model).stem
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
+        raise ConfigError(
+            f"--model: must name a model of open_clip, or a .json file that describes one; got "
+            f"{model!r}.{f' Did you mean {near[0]}?' if near else ''}"
+        )
+    return name
 
 
 class _Tower:
@@ -248,11 +303,10 @@ class _OpenClip:
 
     shared_space = True
 
-    def __init__(self, model: str, weights: str, device: str) -> None:
+    def __init__(self, model: str, loaded: Any, transform: Any, device: str) -> None:
         import open_clip
 
         self._device = device
-        loaded, transform = _load_open_clip(open_clip, model, weights)
         self._transform = transform
         self._tokenizer = open_clip.get_tokenizer(model)
         size = loaded.visual.image_size
@@ -296,7 +350,9 @@ class _Method(torch.nn.Module):
         return getattr(self.model, self._method)(inputs)
 
 
-def _load_open_clip(open_clip: Any, model: str, weights: str) -> tuple[Any, Any]:
+def _load_open_clip(model: str, weights: str) -> tuple[Any, Any]:
+    import open_clip
+
     if model not in open_clip.list_models():
         raise ConfigError(
             f"embed.encoder: must name a model of open_clip; got {model!r}. "
@@ -331,6 +387,54 @@ def pad_rows(batch: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     if missing <= 0:
         return batch
     return np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
+
+
+def pad_tokens(encoder: Encoder, tokens: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Pad token ids to the next length that the text tower takes: (B, L) int64."""
+    width = max(_padded_length(encoder, len(one)) for one in tokens)
+    ids = np.full((len(tokens), width), encoder.pad_id, np.int64)
+    for row, one in enumerate(tokens):
+        ids[row, : len(one)] = one[:width]
+    return ids
+
+
+def _padded_length(encoder: Encoder, length: int) -> int:
+    return next((one for one in encoder.text_lengths if one >= length), encoder.text_lengths[-1])
+
+
+def embed_captions(
+    encoder: Encoder, captions: Sequence[str | None], size: int, precision: Precision
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Embed captions in batches of equal padded length.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    captions : sequence of str or None, length N
+    size : int
+        Captions per batch, to which the last is filled up.
+    precision : Precision
+
+    Returns
+    -------
+    vectors : (N, text_width) float32, unit norm
+        Zeros where there is no caption.
+    valid : (N,) bool
+        False where it is missing or blank.
+    """
+    vectors = np.zeros((len(captions), encoder.text_width), np.float32)
+    valid = np.array([bool(caption and caption.strip()) for caption in captions], bool)
+    rows = np.flatnonzero(valid)
+    tokens = encoder.tokenize([captions[row] or "" for row in rows.tolist()])
+    lengths = np.array([_padded_length(encoder, len(one)) for one in tokens], int)
+    for length in np.unique(lengths):
+        chosen = np.flatnonzero(lengths == length)
+        for part in batches(len(chosen), size):
+            block = chosen[part]
+            ids = pad_tokens(encoder, [tokens[one] for one in block])
+            out = encoder.encode_texts(pad_rows(ids, size), precision)
+            vectors[rows[block]] = out[: len(block)]
+    return vectors, valid
 
 
 @contextlib.contextmanager

@@ -4,7 +4,14 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["draw_bars", "draw_density", "draw_histogram", "draw_lines", "draw_steps"]
+__all__ = [
+    "draw_bars",
+    "draw_density",
+    "draw_histogram",
+    "draw_intervals",
+    "draw_lines",
+    "draw_steps",
+]
 
 #: Drawn for a phone's width, so that the letters are never smaller than the page's.
 _WIDTH, _HEIGHT = 360, 190
@@ -115,6 +122,45 @@ def draw_steps(title: str, points: Sequence[tuple[float, int]]) -> str:
     marks += _mark_up([(bottom, 0.05), (top, 0.95)], "{:,.0f}")
     drawn = f'<polyline class="line line-a" points="{line}"/>{dots}{marks}'
     return _frame(title, f"{points[0][1]:,} at this run's {points[0][0]}", drawn)
+
+
+def draw_intervals(title: str, told: str, points: Sequence[tuple[str, float, float, float]]) -> str:
+    """Return estimates side by side, joined by a line, with their intervals and one at zero.
+
+    Parameters
+    ----------
+    title, told : str
+    points : sequence of (label, low, middle, high)
+    """
+    bottom = min([0.0, *(low for _, low, _, _ in points)])
+    top = max([0.0, *(high for _, _, _, high in points)])
+    span = (top - bottom) or 1
+    places = [_right((number + 0.5) / len(points)) for number in range(len(points))]
+
+    def down(value: float) -> float:
+        return _down((value - bottom) / span)
+
+    parts = [
+        f'<line class="now" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(0):.1f}" '
+        f'y2="{down(0):.1f}"/>'
+    ]
+    line = " ".join(f"{x:.1f},{down(one[2]):.1f}" for x, one in zip(places, points, strict=True))
+    parts.append(f'<polyline class="line line-a" points="{line}"/>')
+    # Labels that would run into each other are left out.
+    every = -(-len(points) * max((len(p[0]) for p in points), default=1) * 6 // _WIDTH) or 1
+    for number, (x, (label, low, middle, high)) in enumerate(zip(places, points, strict=True)):
+        parts.append(
+            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{down(low):.1f}" '
+            f'y2="{down(high):.1f}"/><circle class="kept" cx="{x:.1f}" cy="{down(middle):.1f}" '
+            f'r="4"><title>{escape(label)}: {middle:.3g} ({low:.3g} to {high:.3g})</title></circle>'
+        )
+        if number % every == 0:
+            parts.append(
+                f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
+                f"{escape(label)}</text>"
+            )
+    marks = _mark_up([(bottom, 0), (bottom + span, 1)], "{:.2g}")
+    return _frame(title, told, "".join(parts) + marks)
 
 
 def draw_density(column: str, low: float, high: float, counts: Sequence[Sequence[int]]) -> str:

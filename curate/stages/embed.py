@@ -179,12 +179,13 @@ def _probe(room: Room, task: str) -> dict[str, float]:
 
 def _probe_precision(room: Room, encoder: "Encoder", device: str) -> None:
     """Commit `precision.json`: device and number format."""
+    from curate.models.encoders import pad_tokens
     from curate.models.precision import choose_precision
 
     images, captions = _probe_samples(room, encoder)
     if not images:
         images = [np.zeros((3, encoder.image_px, encoder.image_px), np.float32)]
-    tokens = _pad_tokens(encoder, encoder.tokenize(captions or [""]))
+    tokens = pad_tokens(encoder, encoder.tokenize(captions or [""]))
     chosen = choose_precision(encoder, device, np.stack(images), tokens)
     precision = {"device": device, "torch_threads": 1, "batch": _BATCH[device], **chosen}
     storage.commit_json(room.path("precision.json"), precision)
@@ -261,7 +262,7 @@ def embed_images(
 def _embed_shard(room: Room, shard: str) -> dict[str, float]:
     if room.has_source_vectors():
         return _take_over(room, shard)
-    from curate.models.encoders import torch_threads
+    from curate.models.encoders import embed_captions, torch_threads
 
     index = room.read(shard, [*_LOCATION, "caption"])
     uids, captions = index.select(["uid"]), index["caption"].to_pylist()
@@ -276,7 +277,9 @@ def _embed_shard(room: Room, shard: str) -> dict[str, float]:
         opened = room.open_images(index)
         decoded = _decode_all(room, opened, encoder, scorer=scorer, captions=captions)
         samples, images, has_image = _encode_images(encoder, decoded, len(index), choice)
-        texts, has_text = _encode_texts(encoder, captions, choice)
+        size, precision = choice["batch"]["text"], _precision(choice["text"])
+        texts, has_text = embed_captions(encoder, captions, size, precision)
+    texts = texts.astype(np.float16)
     vectors = _vector_table(uids, encoder.shared_space, images, has_image, texts, has_text)
     room.commit_shard("embed.vectors", shard, vectors)
     return _commit_facts(room, shard, uids, samples, scorer)
@@ -447,40 +450,6 @@ def _encode_images(
                 flush()
     flush()
     return samples, vectors, valid
-
-
-def _encode_texts(
-    encoder: "Encoder", captions: list[str | None], choice: dict[str, Any]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Embed captions in batches of equal padded length: (N, D) float16 and (N,) bool."""
-    from curate.models.encoders import batches, pad_rows
-
-    size, precision = choice["batch"]["text"], _precision(choice["text"])
-    vectors = np.zeros((len(captions), encoder.text_width), np.float16)
-    valid = np.array([bool(caption and caption.strip()) for caption in captions], bool)
-    rows = np.flatnonzero(valid)
-    tokens = encoder.tokenize([captions[row] or "" for row in rows])
-    lengths = np.array([_padded_length(encoder, len(one)) for one in tokens], int)
-    for length in np.unique(lengths):
-        chosen = np.flatnonzero(lengths == length)
-        for part in batches(len(chosen), size):
-            block = chosen[part]
-            ids = _pad_tokens(encoder, [tokens[one] for one in block])
-            out = encoder.encode_texts(pad_rows(ids, size), precision)
-            vectors[rows[block]] = out[: len(block)]
-    return vectors, valid
-
-
-def _padded_length(encoder: "Encoder", length: int) -> int:
-    return next((one for one in encoder.text_lengths if one >= length), encoder.text_lengths[-1])
-
-
-def _pad_tokens(encoder: "Encoder", tokens: list[Any]) -> np.ndarray[Any, Any]:
-    width = max(_padded_length(encoder, len(one)) for one in tokens)
-    ids = np.full((len(tokens), width), encoder.pad_id, np.int64)
-    for row, one in enumerate(tokens):
-        ids[row, : len(one)] = one[:width]
-    return ids
 
 
 def _vector_table(

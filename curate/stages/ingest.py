@@ -28,6 +28,7 @@ __all__ = [
     "Ingest",
     "Layout",
     "VectorChoice",
+    "assign_uids",
     "commit_sources",
     "cut_shards",
     "draw_ranks",
@@ -290,7 +291,7 @@ def _scan(room: Room, task: str) -> dict[str, float]:
     source = read_source(room, task, ingest.folder())
     found = formats.FORMATS[source.kind].scan(source, ingest.uid_column)
     widths = formats.measure_vectors(source, ingest.vectors, found.table.num_rows)
-    table = _with_uids(found.table, ingest.dataset)
+    table = assign_uids(found.table, ingest.dataset)
     table = table.replace_schema_metadata({_WIDTHS: json.dumps(widths)})
     with storage.commit(_scan_url(room, task)) as path:
         pq.write_table(table, path, compression="ZSTD", row_group_size=_SCAN_GROUP_ROWS)
@@ -303,8 +304,21 @@ def hash_uid(*parts: str | int) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _with_uids(table: pa.Table, dataset: str) -> pa.Table:
-    """Turn a scan's table into one of `_SCAN_SCHEMA`."""
+def assign_uids(table: pa.Table, dataset: str) -> pa.Table:
+    """Turn a scan's table into one with the uids of its samples.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Of `formats.index.SCAN_SCHEMA`.
+    dataset : str
+        Name that keeps uids of different data sets apart.
+
+    Returns
+    -------
+    pyarrow.Table
+        The columns of the index, and `hash_uid`, which a row falls back to if its uid is taken.
+    """
     names = ("source_file", "key", "ordinal", "own_uid")
     uids: list[str] = []
     fallbacks: list[str | None] = []

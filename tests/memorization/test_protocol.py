@@ -175,7 +175,7 @@ def test_summaries_of_what_does_not_fit_are_refused() -> None:
         summarize(np.where(scores > 0.2, np.nan, scores), sets, clusters)
     with pytest.raises(ValueError, match="'other'"):
         summarize(scores, np.where(sets == "shared", "other", sets), clusters)
-    with pytest.raises(ValueError, match="two clusters each"):
+    with pytest.raises(ValueError, match="two clusters"):
         summarize(scores, np.where(sets == "shared", "external", sets), clusters)
     with pytest.raises(ValueError, match="one in two"):
         summarize(scores, sets, [*clusters[:-1], "0"])

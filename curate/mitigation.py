@@ -1,0 +1,286 @@
+"""Pieces against memorization while a CLIP-like model trains; each drops into any PyTorch loop.
+
+All combine with each other and with `curate.load(OUT, weighted=True)`. In open_clip's loop the
+noise goes around the loss, the mask onto the model, and the batches in place of the loader.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from curate.errors import ConfigError
+from curate.memorization.folds import hash_unit
+
+__all__ = ["CaptionSampler", "EmbeddingNoise", "NoisyLoss", "TargetedBatches", "TextMask"]
+
+
+class EmbeddingNoise(nn.Module):
+    """Add Gaussian noise to embeddings of unit norm while training.
+
+    Parameters
+    ----------
+    sigma : float or mapping of str to float
+        Standard deviation of every number of a unit vector; by modality ("image", "text"), where
+        those not named stay as they are. 0.1 on all modalities and 0.15 on text alone are
+        published; noise on one modality alone leaves pairs without it as memorized, or more.
+    renormalise : bool
+        Bring the sum to unit norm again, so that products stay cosines.
+
+    Raises
+    ------
+    ConfigError
+        If a sigma is negative.
+
+    References
+    ----------
+    Wang et al., MultiMem (arXiv:2606.22220) and CLIPMem (arXiv:2502.07830), mitigation.
+    """
+
+    def __init__(self, sigma: float | Mapping[str, float], renormalise: bool = True) -> None:
+        super().__init__()
+        self.sigma = dict(sigma) if isinstance(sigma, Mapping) else float(sigma)
+        self.renormalise = renormalise
+        values = self.sigma.values() if isinstance(self.sigma, dict) else [self.sigma]
+        if min(values, default=0.0) < 0:
+            raise ConfigError(f"EmbeddingNoise: sigma must be at least 0; got {sigma}.")
+
+    def forward(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return (B, D) unit vectors by modality with noise; unchanged in evaluation mode."""
+        return {name: self._add(name, value) for name, value in embeddings.items()}
+
+    def _add(self, name: str, value: Tensor) -> Tensor:
+        sigma = self.sigma.get(name, 0.0) if isinstance(self.sigma, dict) else self.sigma
+        if not self.training or sigma == 0:
+            return value
+        noisy = value + sigma * torch.randn_like(value)
+        return nn.functional.normalize(noisy, dim=-1) if self.renormalise else noisy
+
+
+class NoisyLoss(nn.Module):
+    """A contrastive loss that sees noisy embeddings: for open_clip's `train_one_epoch`.
+
+    Parameters
+    ----------
+    loss : callable
+        Takes `image_features`, `text_features` and whatever else the model returns.
+    noise : EmbeddingNoise
+    """
+
+    def __init__(self, loss: Callable[..., Any], noise: EmbeddingNoise) -> None:
+        super().__init__()
+        self.loss, self.noise = loss, noise
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, *args: Any, **options: Any
+    ) -> Any:
+        """Return what the loss returns."""
+        found = self.noise({"image": image_features, "text": text_features})
+        return self.loss(found["image"], found["text"], *args, **options)
+
+
+class TextMask(nn.Module):
+    """Hide a random share of a caption's words from the text tower while training.
+
+    Parameters
+    ----------
+    share : float
+        Probability that a token is hidden, in [0, 1).
+    mask_id : int, optional
+        Put in its place; default: the token is taken out and the rest moves up.
+    keep : tuple of int
+        Tokens that stay: of CLIP's vocabulary the start and end marks.
+    pad_id : int
+
+    Raises
+    ------
+    ConfigError
+        If the share is out of range.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.15,
+        mask_id: int | None = None,
+        keep: tuple[int, ...] = (49406, 49407),
+        pad_id: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= share < 1:
+            raise ConfigError(f"TextMask: share must be in [0, 1); got {share}.")
+        self.share, self.mask_id, self.keep, self.pad_id = share, mask_id, keep, pad_id
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (B, L) integer tokens with some hidden; unchanged in evaluation mode.
+
+        Of each caption at least one word stays.
+        """
+        if not self.training or self.share == 0:
+            return tokens
+        marks = torch.tensor([self.pad_id, *self.keep], device=tokens.device)
+        words = ~torch.isin(tokens, marks)
+        drawn = torch.rand(tokens.shape, device=tokens.device)
+        # The word least likely to be hidden stays: an empty caption says nothing of any picture.
+        least = torch.where(words, drawn, -1.0).argmax(1, keepdim=True)
+        hidden = words & (drawn < self.share)
+        hidden.scatter_(1, least, False)
+        if self.mask_id is not None:
+            return tokens.masked_fill(hidden, self.mask_id)
+        order = hidden.long().argsort(dim=1, stable=True)
+        moved = tokens.gather(1, order)
+        return moved.masked_fill(hidden.gather(1, order), self.pad_id)
+
+    def attach(self, model: nn.Module, place: int = 1) -> Any:
+        """Mask the tokens that a model in training mode is called with; `remove()` undoes it.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Called as `model(images, texts)`; positions count, and `text=` is found by name.
+        place : int
+            Position of the tokens.
+        """
+
+        def hook(module: nn.Module, args: Any, options: Any) -> Any:
+            if not module.training:
+                return args, options
+            if len(args) > place and args[place] is not None:
+                args = (*args[:place], self(args[place]), *args[place + 1 :])
+            elif options.get("text") is not None:
+                options = {**options, "text": self(options["text"])}
+            return args, options
+
+        return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class CaptionSampler:
+    """Draw a sample's caption anew in each epoch, of its own and those of its dropped duplicates.
+
+    `curate.load` does so itself; this is for other readers of what `curate export` wrote.
+
+    Parameters
+    ----------
+    most : int, optional
+        Captions of a sample that are drawn from, its own first; default: all.
+    seed : int
+    """
+
+    def __init__(self, most: int | None = None, seed: int = 0) -> None:
+        if most is not None and most < 1:
+            raise ConfigError(f"CaptionSampler: most must be at least 1; got {most}.")
+        self.most, self.seed, self.epoch = most, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is drawn for."""
+        self.epoch = epoch
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sample with `caption` drawn, by seed, epoch and `uid`, of its `captions`."""
+        known = (sample.get("captions") or [sample["caption"]])[: self.most]
+        unit = hash_unit([sample["uid"]], self.seed, f"caption {self.epoch}")[0]
+        return {**sample, "caption": known[int(unit * len(known))]}
+
+
+class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
+    """Put the samples that are memorized most into batches of their own, and augment only those.
+
+    Every `every` epochs the training set is scored; until the next time the top `share` are the
+    targets. Until the first `update` batches are as they come.
+
+    Parameters
+    ----------
+    samples : iterable of dict
+        With `uid`: `curate.load(...)`, a list, or any other that can be walked once an epoch.
+        `set_epoch` is passed on to it.
+    batch_size : int
+    augment : callable
+        Applied to each target; the others stay as they are.
+    share : float
+        In (0, 1]; 0.05 is published.
+    every : int
+        10 is published.
+    drop_last : bool
+        Leave out a last batch that is not full.
+
+    Raises
+    ------
+    ConfigError
+        If a parameter is out of range.
+
+    Notes
+    -----
+    Use it with `DataLoader(batches, batch_size=None, ...)`, and with workers that end with the
+    epoch (`persistent_workers=False`): others keep the targets that they began with.
+
+    References
+    ----------
+    Wang et al., MultiMem (arXiv:2606.22220): the top 5 % every 10 epochs.
+
+    Examples
+    --------
+    >>> for epoch in range(30):  # doctest: +SKIP
+    ...     batches.set_epoch(epoch)
+    ...     if batches.due(epoch):
+    ...         batches.update(score(model))  # uid to how memorized it is
+    ...     for batch in loader: ...
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[dict[str, Any]],
+        batch_size: int,
+        augment: Callable[[dict[str, Any]], dict[str, Any]],
+        share: float = 0.05,
+        every: int = 10,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or every < 1 or not 0 < share <= 1:
+            raise ConfigError(
+                "TargetedBatches: batch_size and every must be at least 1, and share in (0, 1]; "
+                f"got {batch_size}, {every}, {share}."
+            )
+        self._samples, self._size, self._augment = samples, batch_size, augment
+        self._share, self._every, self._drop_last = share, every, drop_last
+        self.targets: frozenset[str] = frozenset()
+
+    def due(self, epoch: int) -> bool:
+        """Tell whether the training set is to be scored before this epoch."""
+        return epoch > 0 and epoch % self._every == 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the samples."""
+        if hasattr(self._samples, "set_epoch"):
+            self._samples.set_epoch(epoch)
+
+    def update(self, scores: Mapping[str, float]) -> None:
+        """Choose the targets: the uids of the highest scores; of equal ones the first by name.
+
+        Parameters
+        ----------
+        scores : mapping of str to float
+            Higher: more memorized. See `curate.audit.measure`.
+        """
+        count = max(1, round(self._share * len(scores))) if scores else 0
+        best = heapq.nsmallest(count, scores, key=lambda uid: (-scores[uid], uid))
+        self.targets = frozenset(best)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield lists of samples; a list holds targets alone, or none but in the last ones."""
+        waiting: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for sample in self._samples:
+            is_target = sample["uid"] in self.targets
+            batch = waiting[is_target]
+            batch.append(self._augment(sample) if is_target else sample)
+            if len(batch) == self._size:
+                yield batch
+                waiting[is_target] = []
+        # What is left of both shares batches, or the targets of a small set would never be seen.
+        rest = waiting[True] + waiting[False]
+        for start in range(0, len(rest), self._size):
+            batch = rest[start : start + self._size]
+            if len(batch) == self._size or not self._drop_last:
+                yield batch
