@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 #: Rooms by floor; a module imports from its own room and from floors below it only.
 FLOORS = (
     ("__main__", "__init__", "cli"),
-    ("dataset",),
+    ("dataset", "runs"),
     ("engine", "config"),
     ("stages",),
     ("formats", "models", "plugins", "dedup", "memorization", "report"),
@@ -38,6 +38,8 @@ CONFINED = {
     "dask": ("engine/workers.py",),
     "distributed": ("engine/workers.py",),
     "click": ("cli.py",),
+    "mlflow": ("engine/tracking.py",),
+    "wandb": ("engine/tracking.py",),
     "rich": ("cli.py", "engine/progress.py", "engine/summary.py"),
     "pickle": (),
     "cloudpickle": (),

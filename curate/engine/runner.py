@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from typing import Any, Protocol
@@ -41,11 +41,14 @@ _BEFORE_RUN = (".lock", "run.log", storage.TEMPORARY_PREFIX)
 class Progress(Protocol):
     """What a run tells whoever watches it."""
 
-    def begin(self, stage: str, step: str, tasks: int, done: int) -> None:
+    def note(self, text: str) -> None:
+        """Something is worth a line."""
+
+    def begin(self, stage: str, step: str, tasks: int, done: int, workers: int = 0) -> None:
         """A step begins; `done` of its tasks were finished before."""
 
-    def advance(self, samples: float) -> None:
-        """One task of the current step ended."""
+    def advance(self, counts: Mapping[str, float]) -> None:
+        """One task of the current step ended: its `samples`, and `reason.CODE` it gave."""
 
     def end(self) -> None:
         """The current step ended."""
@@ -291,6 +294,8 @@ def _run(
     with Workers(options, out) as workers:
         for bound in unfinished:
             workers.warm(bound.stage.warm, bound.room)
+        if unfinished:
+            progress.note(workers.describe_dashboard())
         for bound in unfinished:
             _run_stage(bound, workers, progress)
     summary = _summarise(pipeline, stages, time.monotonic() - begun)
@@ -318,12 +323,13 @@ def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
         tasks = step.tasks(room)
         left = [task for task in tasks if task not in done]
         _LOG.info("%s.%s: %d tasks, %d done before", stage.name, step.name, len(tasks), len(done))
-        progress.begin(stage.name, step.name, len(tasks), len(tasks) - len(left))
+        done_before = len(tasks) - len(left)
+        progress.begin(stage.name, step.name, len(tasks), done_before, workers.count)
         begun = time.monotonic()
         if left:
             folders = [bound.done_folder(step, table) for table in bound.served(step)]
             for _task, counts in workers.map(_execute, left, room, step.name, folders):
-                progress.advance(counts.get("samples", 0))
+                progress.advance(counts)
         seconds[step.name] = time.monotonic() - begun
         progress.end()
     for name in sorted(room.missing):

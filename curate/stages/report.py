@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from curate import storage
-from curate.report.page import Overview, read_assets, render_data, render_page
+from curate.report.page import Chart, Overview, read_assets, render_data, render_page
 from curate.report.words import describe_facts, stage_times
 from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
@@ -25,7 +25,7 @@ class Report(Stage):
     """Draw samples of every reason and show them."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     publishes: ClassVar[tuple[str, ...]] = ("report",)
     reads_further: ClassVar[bool] = True
 
@@ -116,18 +116,27 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
             "note": _note(drawn, run.parameters()),
             "ingested": sum(drawn.totals.values()),
         }
+    overview = _overview(drawn, run)
+    curves = {
+        "threshold": drawn.curve,
+        "min_cosine": overview.what_if,
+        "histograms": {chart.name: _numbers(chart) for chart in drawn.charts},
+    }
     files = {
         **read_assets(),
+        "curves.json": json.dumps(curves, indent=1).encode(),
         "data.js": render_data(
             drawn.rows, pictures, drawn.scores, drawn.galleries, curve, drawn.places
         ),
-        "index.html": render_page(
-            _overview(drawn, run), drawn.charts, curve, drawn.density, drawn.places
-        ),
+        "index.html": render_page(overview, drawn.charts, curve, drawn.density, drawn.places),
     }
     for name, data in files.items():
         storage.commit_bytes(storage.join(target, name), data)
     return sum(drawn.totals.values())
+
+
+def _numbers(chart: Chart) -> dict[str, Any]:
+    return {"low": chart.low, "high": chart.high, "kept": chart.kept, "dropped": chart.dropped}
 
 
 def _read_thumbnails(room: Room, uids: list[str]) -> dict[str, bytes]:
