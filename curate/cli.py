@@ -197,14 +197,20 @@ def stats(out: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("out")
-def report(out: str) -> None:
-    """Write OUT/report anew from a finished run."""
-    from curate.engine.finished import read_finished, rebuild_report
+@click.option(
+    "--against", "other", metavar="OTHER_OUT",
+    help="Write OUT/compare instead: what differs from another finished run.",
+)  # fmt: skip
+def report(out: str, other: str | None) -> None:
+    """Write OUT/report anew, or compare two runs."""
+    from curate.engine.finished import compare_runs, read_finished, rebuild_report
     from curate.engine.runner import lock_output
 
-    read_finished(out)  # before anything of OUT is touched
+    for one in (out, other):  # before anything of OUT is touched
+        if one is not None:
+            read_finished(one)
     with lock_output(out):
-        click.echo(rebuild_report(out))
+        click.echo(rebuild_report(out) if other is None else compare_runs(out, other))
 
 
 @main.command()

@@ -15,7 +15,7 @@ from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
 from curate.stages.report_draw import FURTHER, SHOWN, Drawn, draw
 
-__all__ = ["Report", "RunFacts", "write_report"]
+__all__ = ["Report", "RunFacts", "read_thumbnails", "write_pictures", "write_report"]
 
 #: Bytes of all thumbnails together: with the rest the page stays below 30 MB whatever the run.
 _THUMBNAIL_BYTES = 18_000_000
@@ -53,7 +53,7 @@ class RunFacts:
     facts : dict
         By stage.
     tables : dict
-        By table: `parameters`, `steps` and `versions`.
+        By table: `parameters`, `steps`, `versions` and `fingerprint`.
     """
 
     def __init__(self, facts: dict[str, Any], tables: dict[str, Any]) -> None:
@@ -73,7 +73,8 @@ class RunFacts:
             for table in stage.tables():
                 path = storage.join(room.folders[table.name], "manifest.json")
                 if storage.exists(path):
-                    tables[table.name] = storage.read_json(path)
+                    mark = room.folders[table.name].rpartition("-")[2]
+                    tables[table.name] = {**storage.read_json(path), "fingerprint": mark}
         return cls(facts, tables)
 
     def parameters(self) -> dict[str, dict[str, Any]]:
@@ -103,10 +104,7 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
     assert isinstance(stage, Report)
     rate = run.parameters().get("select", {}).get("max_mismatch_rate")
     drawn = draw(room, stage.pictures, stage.seed, run.facts, rate)
-    thumbnails = _read_thumbnails(room, list(drawn.rows))
-    pictures = {uid: f"thumbnails/{number:04d}.webp" for number, uid in enumerate(thumbnails)}
-    for uid, name in pictures.items():
-        storage.commit_bytes(storage.join(target, name), thumbnails[uid])
+    pictures = write_pictures(read_thumbnails(room, list(drawn.rows)), target)
     curve = None
     if drawn.curve:
         curve = {
@@ -126,7 +124,7 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
         **read_assets(),
         "curves.json": json.dumps(curves, indent=1).encode(),
         "data.js": render_data(
-            drawn.rows, pictures, drawn.scores, drawn.galleries, curve, drawn.places
+            drawn.rows, pictures, drawn.scores, drawn.galleries, curve, drawn.places, drawn.density,
         ),
         "index.html": render_page(overview, drawn.charts, curve, drawn.density, drawn.places),
     }
@@ -139,8 +137,18 @@ def _numbers(chart: Chart) -> dict[str, Any]:
     return {"low": chart.low, "high": chart.high, "kept": chart.kept, "dropped": chart.dropped}
 
 
-def _read_thumbnails(room: Room, uids: list[str]) -> dict[str, bytes]:
-    """Thumbnails of samples in the order given, as many as the page has room for."""
+def write_pictures(thumbnails: dict[str, bytes], target: str) -> dict[str, str]:
+    """Write thumbnails below a page's folder; return their places relative to it by uid."""
+    pictures = {uid: f"thumbnails/{number:04d}.webp" for number, uid in enumerate(thumbnails)}
+    for uid, name in pictures.items():
+        storage.commit_bytes(storage.join(target, name), thumbnails[uid])
+    return pictures
+
+
+def read_thumbnails(room: Room, uids: list[str]) -> dict[str, bytes]:
+    """Return thumbnails of samples in the order given, as many as a page has room for."""
+    if not room.has("thumbnail"):
+        return {}
     names = pa.array(uids, pa.string())
     found: dict[str, bytes | None] = {}
     for shard in room.shards():
@@ -200,6 +208,7 @@ def _overview(drawn: Drawn, run: RunFacts) -> Overview:
         tuple(stage_times(run.tables)),
         tuple(parameters),
         tuple(versions[-1].items()) if versions else (),
+        tuple((name, t["fingerprint"]) for name, t in run.tables.items() if "fingerprint" in t),
         ((own, kept), *what_if) if own is not None and what_if else (),
         any("bound" in row for row in selected.get("what_if", [])),
     )
