@@ -127,21 +127,31 @@ def _render_totals(found: Comparison) -> str:
 
 
 def _render_matrix(found: Comparison) -> str:
-    heads = "".join(f'<th class="number">{escape(name)}</th>' for name in found.verdicts)
-    rows = []
-    for was, counts in zip(found.verdicts, found.moved, strict=True):
+    """From verdict to verdict; what all samples kept has no row or column."""
+    moved, places = found.moved, range(len(found.verdicts))
+    rows = [r for r in places if any(moved[r][c] for c in places if c != r)]
+    columns = [c for c in places if any(moved[r][c] for r in places if r != c)]
+    if not rows:
+        return ""
+    heads = "".join(f'<th class="number">{_break(found.verdicts[c])}</th>' for c in columns)
+    lines = []
+    for row in rows:
         cells = "".join(
-            f'<td class="number {"same" if was == now else "moved"}">{count:,}</td>'
-            if count
-            else '<td class="number same">·</td>'
-            for now, count in zip(found.verdicts, counts, strict=True)
+            f'<td class="number {"same" if row == column or not moved[row][column] else "moved"}">'
+            f"{moved[row][column]:,}</td>"
+            for column in columns
         )
-        rows.append(f'<tr><th scope="row">{escape(was)}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{_break(found.verdicts[row])}</th>{cells}</tr>')
     return (
-        '<div class="matrix" tabindex="0"><table><caption>From the other run&#39;s verdict (rows) '
-        f"to this run&#39;s (columns)</caption><thead><tr><th></th>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        "<h3>What changed: from the other run&#39;s verdict (rows) to this run&#39;s (columns)</h3>"
+        f'<div class="matrix" tabindex="0"><table><thead><tr><th></th>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _break(name: str) -> str:
+    """Let a long code wrap after an underscore."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _render_curves(found: Comparison) -> str:

@@ -501,7 +501,8 @@ def render_table(
 
     def cell(number: int, text: str, tag: str) -> str:
         kind = ' class="number"' if number >= numbers_from else ""
-        return f"<{tag}{kind}>{escape(clean_text(text))}</{tag}>"
+        shown = escape(clean_text(text)).replace("_", "_<wbr>")  # long names wrap there
+        return f"<{tag}{kind}>{shown}</{tag}>"
 
     head = "".join(cell(i, text, "th") for i, text in enumerate(heads))
     body = "".join(
