@@ -17,6 +17,8 @@ __all__ = ["PlainProgress", "TerminalProgress", "make_progress"]
 _PLAIN_SECONDS = 10.0
 #: Columns from which a bar is worth its room.
 _BAR_COLUMNS, _BAR_WIDTH = 72, 16
+#: Redraws a second: more would take half a per cent of a core.
+_REFRESHES = 4
 #: Reasons that are named; the commonest first.
 _NAMED = 3
 
@@ -175,7 +177,7 @@ class TerminalProgress:
         if self._has_bar:
             columns.append(BarColumn(bar_width=_BAR_WIDTH))
         columns.append(_Told(self._room))
-        self._progress = Progress(*columns, console=self._console)
+        self._progress = Progress(*columns, console=self._console, refresh_per_second=_REFRESHES)
         self._task = TaskID(0)
         self._stage: _Stage | None = None
 
