@@ -2,15 +2,20 @@
 
 `python -m benchmarks.report FOLDER [--samples 100000]` lays out tables as the stages before the
 report leave them (drawn decisions with every reason, real thumbnails of the bundled sample,
-random unit vectors), builds the report in a process of its own, and prints one JSON line. Wants
-playwright and chromium for the browser's part, and prints null without.
+random unit vectors), and, given again, builds the report and prints one JSON line. Wants playwright
+and chromium for the browser's part, and prints null without. `--check` takes FOLDER as the OUT of
+a run instead, and compares every number that its page shows with the decisions.
 """
 
 import argparse
+import html
+import io
 import json
+import re
 import resource
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +26,7 @@ from curate.stages.base import Room
 from curate.stages.report import Report, RunFacts, write_report
 from curate.storage import vector_column
 from tests.stages.test_report import FACTS, decisions, lay_out
-from tests.support import sample_pairs
+from tests.support import read_decisions, read_report, sample_pairs
 
 SHARD_SAMPLES = 6250
 WIDTH = 512
@@ -29,8 +34,6 @@ WIDTH = 512
 
 def prepare(folder: Path, samples: int) -> Room:
     """Lay out `samples` samples with thumbnails and vectors."""
-    import io
-
     from PIL import Image
 
     thumbnails = []
@@ -61,6 +64,53 @@ def prepare(folder: Path, samples: int) -> Room:
     return room
 
 
+def check(out: Path) -> dict[str, int]:
+    """Compare what a run's page says with its decisions, counted anew; return what was compared.
+
+    Raises
+    ------
+    AssertionError
+        If a number or a shown sample differs.
+    """
+    rows = {row["uid"]: row for row in read_decisions(out).to_pylist()}
+    page = html.unescape((out / "report/index.html").read_text("utf-8"))
+    shown = read_report(out)
+    reasons = Counter(row["reason"] for row in rows.values())
+    kept = reasons.pop(None, 0)
+    assert f"{kept:,} of {len(rows):,} samples" in page
+    for code, number in reasons.items():
+        found = re.search(rf'data-gallery="{code}">.*?<td class="number">−([\d,]+)<', page)
+        assert found is not None
+        assert found.group(1) == f"{number:,}", code
+    names = {None: "kept", **{code: code for code in reasons}}
+    totals = {gallery["name"]: gallery["groups"][0]["total"] for gallery in shown["galleries"]}
+    for code, name in names.items():
+        assert totals.get(name, reasons.get(code, kept)) == (
+            kept if code is None else reasons[code]
+        )
+    scores = 0
+    for sample in shown["samples"]:
+        row = rows[sample["uid"]]
+        assert sample["keep"] == row["keep"]
+        assert sample.get("reason") == row["reason"]
+        for name, value in sample["scores"].items():
+            assert abs(value - row[name]) < 1e-4
+            scores += 1
+    curves = json.loads((out / "report/curves.json").read_text("utf-8"))
+    for name, chart in curves["histograms"].items():
+        have = [row["keep"] for row in rows.values() if row[name] is not None]
+        assert (sum(chart["kept"]), sum(chart["dropped"])) == (sum(have), len(have) - sum(have))
+    for point in curves["threshold"]:
+        if point["rate"] == shown["curve"]["current"]:
+            assert point["kept"] == kept
+    return {
+        "reasons": len(reasons),
+        "samples": len(shown["samples"]),
+        "scores": scores,
+        "histograms": len(curves["histograms"]),
+    }
+
+
 def open_in_browser(page: Path) -> float | None:
     """Return seconds from the start of loading to the first picture drawn."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -88,7 +138,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=100_000)
+    parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
+    if given.check:
+        print(json.dumps(check(given.folder)))
+        return
     prepared = given.folder / "prepared.json"
     if not prepared.exists():
         room = prepare(given.folder, given.samples)

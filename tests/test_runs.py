@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import curate
+from benchmarks.report import check
 from curate.engine.session import choose_cluster
 from curate.engine.tracking import check_tracker, list_counts, list_parameters, track
 from curate.errors import ConfigError, CurateError, InputError, OutputError, WorkerError
@@ -64,6 +65,13 @@ def test_a_run_can_be_asked(folder: Path) -> None:
     assert str(run) == succeed("stats", folder / "cleaned").stdout.rstrip("\n")
     dropped = run.to_pandas().query("not keep").uid.iloc[0]
     assert run.show(dropped)[0]["reason"] == "duplicate_semantic"
+
+
+def test_the_page_says_what_the_decisions_say(folder: Path) -> None:
+    compared = check(folder / "cleaned")
+    assert compared["reasons"] == 1
+    assert compared["scores"] > 20
+    assert compared["histograms"] == 1
 
 
 def test_a_notebook_shows_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
