@@ -124,7 +124,13 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
         **read_assets(),
         "curves.json": json.dumps(curves, indent=1).encode(),
         "data.js": render_data(
-            drawn.rows, pictures, drawn.scores, drawn.galleries, curve, drawn.places, drawn.density,
+            drawn.rows,
+            pictures,
+            drawn.scores,
+            drawn.galleries,
+            curve,
+            drawn.places,
+            drawn.density,
         ),
         "index.html": render_page(overview, drawn.charts, curve, drawn.density, drawn.places),
     }
