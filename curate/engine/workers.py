@@ -157,7 +157,10 @@ class Workers:
         if find_spec("bokeh") is None:
             return "Dask dashboard: off, bokeh is not installed; pip install 'curate[dashboard]'"
         self.start()
-        return f"Dask dashboard: {self._client.dashboard_link}"
+        try:
+            return f"Dask dashboard: {self._client.dashboard_link}"
+        except KeyError:  # a scheduler that runs without
+            return "Dask dashboard: off, the scheduler has none"
 
     def _local(self) -> Any:
         import dask
