@@ -1,29 +1,15 @@
 """The command line: parse, call, print, exit code."""
 
-import contextlib
-import io
 import json
-import logging
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from curate import __version__
-from curate.errors import CurateError, NothingKeptError
+from curate.errors import CurateError
 
 __all__ = ["main"]
-
-#: Samples are guessed from input bytes before they are counted: the mean over web-scale sets.
-_GUESSED_SAMPLE_BYTES = 20_000
-#: The same before anything is downloaded: of a URL with its caption, and of an original file.
-_GUESSED_URL_BYTES = 150
-_GUESSED_FILE_BYTES = 100_000
-#: What a sample costs below OUT/stages: vectors, thumbnail, proxies' embeddings, tables.
-_STAGE_SAMPLE_BYTES = 16_000
 
 
 class _Commands(click.Group):
@@ -90,6 +76,10 @@ def main() -> None:
 @main.command()
 @_run_options
 @_cluster_options
+@click.option(
+    "--track", "tracker", type=click.Choice(["mlflow", "wandb"]),
+    help="Write parameters, counts and curves there.",
+)  # fmt: skip
 def run(
     pipeline: str,
     more_inputs: tuple[str, ...],
@@ -101,6 +91,7 @@ def run(
     workers: int | None,
     scheduler: str | None,
     cluster_file: str | None,
+    tracker: str | None,
 ) -> None:
     """Run PIPELINE on --input into --output.
 
@@ -109,7 +100,7 @@ def run(
     """
     loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
     cluster = _cluster(workers, scheduler, cluster_file)
-    summary = _carry_out(loaded, out, cluster)
+    summary = _carry_out(loaded, out, cluster, tracker)
     _print_result(summary, out, as_json)
 
 
@@ -126,19 +117,16 @@ def plan(
 ) -> None:
     """Show what `curate run` would do, and why."""
     from curate.engine import runner
+    from curate.engine.session import disk_need
+    from curate.engine.summary import print_plan
 
     loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
     rows = runner.plan(loaded, out)
-    need_bytes = _disk_need(loaded)
+    need_bytes = disk_need(loaded)
     if as_json:
         click.echo(json.dumps({"tables": rows, "disk_bytes": need_bytes}, indent=2))
-        return
-    for row in rows:
-        click.echo(f"{row['state']:<6}  {row['table']:<16}  {row['why']}")
-        for step in row["steps"]:
-            tasks = "?" if step["tasks"] is None else step["tasks"]
-            click.echo(f"        {'':<16}  {step['step']}: {step['done']} of {tasks} tasks done")
-    click.echo(f"Disk needed at most: about {_in_units(need_bytes)}")
+    else:
+        print_plan(rows, need_bytes)
 
 
 @main.command()
@@ -209,14 +197,20 @@ def stats(out: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("out")
-def report(out: str) -> None:
-    """Write OUT/report anew from a finished run."""
-    from curate.engine.finished import read_finished, rebuild_report
+@click.option(
+    "--against", "other", metavar="OTHER_OUT",
+    help="Write OUT/compare instead: what differs from another finished run.",
+)  # fmt: skip
+def report(out: str, other: str | None) -> None:
+    """Write OUT/report anew, or compare two runs."""
+    from curate.engine.finished import compare_runs, read_finished, rebuild_report
     from curate.engine.runner import lock_output
 
-    read_finished(out)  # before anything of OUT is touched
+    for one in (out, other):  # before anything of OUT is touched
+        if one is not None:
+            read_finished(one)
     with lock_output(out):
-        click.echo(rebuild_report(out))
+        click.echo(rebuild_report(out) if other is None else compare_runs(out, other))
 
 
 @main.command()
@@ -303,8 +297,9 @@ def audit(
     curve over training. Exit code 3: a limit was exceeded.
     """
     from curate.audit import auditing
-    from curate.audit.tracking import check_tracker, track_series
+    from curate.audit.tracking import track_series
     from curate.engine.progress import make_progress
+    from curate.engine.tracking import check_tracker
     from curate.report.audit_words import describe_audit
 
     if track:
@@ -339,160 +334,31 @@ def clean(out: str) -> None:
 def _load(
     pipeline: str, inputs: tuple[str, ...], settings: tuple[str, ...], limit: int | None
 ) -> Any:
-    from curate.config import load_pipeline, parse_setting
-    from curate.errors import ConfigError
+    from curate.config import parse_setting
+    from curate.engine.session import load_request
 
-    if not inputs:
-        raise ConfigError("--input: must name at least one path; got none. Add --input PATH.")
-    chosen = [parse_setting(text) for text in settings]
-    chosen.append(("ingest", "inputs", inputs))
-    if limit is not None:
-        chosen.append(("ingest", "limit", limit))
-    return load_pipeline(pipeline, chosen)
+    return load_request(pipeline, inputs, [parse_setting(text) for text in settings], limit)
 
 
 def _cluster(workers: int | None, scheduler: str | None, cluster_file: str | None) -> Any:
-    from curate.config import read_yaml
-    from curate.engine.workers import ClusterOptions
-    from curate.errors import ConfigError
+    from curate.engine.session import choose_cluster
 
-    given = {"--workers": workers, "--scheduler": scheduler, "--cluster": cluster_file}
-    used = [name for name, value in given.items() if value is not None]
-    if len(used) > 1:
-        raise ConfigError(f"{' and '.join(used)}: must not be combined. Give one of them.")
-    description = None
-    if cluster_file is not None:
-        try:
-            text = Path(cluster_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--cluster {cluster_file}: must be a readable YAML file; {error.strerror}."
-            ) from error
-        description = read_yaml(text, cluster_file)
-        if not isinstance(description, dict):
-            raise ConfigError(f"{cluster_file}: must be a mapping with `kind`. See the README.")
-    return ClusterOptions(workers, scheduler, description)
+    return choose_cluster(workers, scheduler, cluster_file)
 
 
-def _carry_out(loaded: Any, out: str, cluster: Any) -> dict[str, Any]:
-    from curate.engine import runner
-    from curate.engine.progress import make_progress
+def _carry_out(loaded: Any, out: str, cluster: Any, tracker: str | None = None) -> dict[str, Any]:
+    from curate.engine.session import carry_out
 
-    need_bytes = _disk_need(loaded)  # also finds faults of the input before OUT is touched
-    with runner.lock_output(out), _log_file(out):
-        _warn_of_disk(need_bytes, out)
-        with make_progress() as progress:
-            return runner.run(loaded, out, cluster, progress)
-
-
-class _LogFile(logging.FileHandler):
-    """A log that says nothing of a full disk: the run's own error does."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Go on without the line."""
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-class _LogObject(logging.StreamHandler[io.StringIO]):
-    """A log on an object store, which cannot append: written once more when the run ends."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(io.StringIO())
-        self._url = url
-
-    def close(self) -> None:
-        from curate import storage
-
-        with contextlib.suppress(CurateError):
-            before = storage.read_bytes(self._url) if storage.exists(self._url) else b""
-            storage.commit_bytes(self._url, before + self.stream.getvalue().encode())
-        super().close()
-
-
-@contextlib.contextmanager
-def _log_file(out: str) -> Iterator[None]:
-    """Append what the run reports to OUT/run.log; warnings also go to the terminal."""
-    from curate import storage
-
-    logger = logging.getLogger("curate")
-    logger.setLevel(logging.INFO)
-    terminal = logging.StreamHandler(sys.stderr)
-    terminal.setLevel(logging.WARNING)
-    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    handlers: list[logging.Handler] = [terminal]
-    url = storage.join(out, "run.log")
-    try:
-        local = storage.is_local(out)
-        handlers.append(_LogFile(storage.filesystem(url)[1]) if local else _LogObject(url))
-    except OSError as error:
-        from curate.errors import OutputError
-
-        raise OutputError(
-            f"{out}: must be writable; {error.strerror}. Choose another --output."
-        ) from error
-    handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-
-
-def _disk_need(loaded: Any) -> int:
-    """Bytes at most: the shards (no more than the input) and what the stages keep per sample."""
-    first = loaded.stages[0]
-    input_bytes = sum(source.size_bytes for source in first.list_sources())
-    downloads = first.name == "download"
-    if downloads:
-        input_bytes = input_bytes // _GUESSED_URL_BYTES * _GUESSED_FILE_BYTES
-    samples = input_bytes // (_GUESSED_FILE_BYTES if downloads else _GUESSED_SAMPLE_BYTES) + 1
-    limit = first.limit
-    if limit is not None and limit < samples:
-        input_bytes, samples = input_bytes * limit // samples, limit
-    copies = downloads + sum(
-        1 + bool(stage.webdataset) for stage in loaded.stages if stage.name == "write"
-    )
-    return copies * input_bytes + samples * _STAGE_SAMPLE_BYTES
-
-
-def _warn_of_disk(need_bytes: int, out: str) -> None:
-    from curate import storage
-
-    if not storage.is_local(out):
-        return
-    free_bytes = shutil.disk_usage(storage.filesystem(out)[1]).free
-    logging.getLogger("curate").info("disk: needs about %d bytes, %d free", need_bytes, free_bytes)
-    if need_bytes > free_bytes:
-        logging.getLogger("curate").warning(
-            "%s: may need up to %s and has %s free; the run stops cleanly if it runs out",
-            out, _in_units(need_bytes), _in_units(free_bytes),
-        )  # fmt: skip
-
-
-def _in_units(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
+    return carry_out(loaded, out, cluster, tracker)
 
 
 def _print_result(summary: dict[str, Any], out: str, as_json: bool) -> None:
+    from curate.engine.session import check_kept
+
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
         from curate.engine.summary import describe_run
 
         click.echo(describe_run(summary, out))
-    counts = summary.get("counts")
-    if counts is not None and counts["kept"] == 0:
-        raise NothingKeptError(
-            f"{out}: every one of the {counts['ingested']} samples was dropped. The reasons are "
-            f"in {out}/decisions; loosen the rules of `select`, or mend the input."
-        )
+    check_kept(summary, out)

@@ -139,7 +139,7 @@ def load_pipeline(
         if stage == Download.name and stage not in chosen:
             chosen = {stage: {}, **chosen}  # where the input is a list of URLs it is implied
         if stage not in chosen:
-            near = nearest(stage, chosen)
+            near = nearest(stage, chosen) or f" Choose among {', '.join(chosen)}."
             raise ConfigError(f"--set: this pipeline has no stage {stage!r}.{near}")
         chosen[stage][field_name] = value
     stages = tuple(_build(where, stage, fields) for stage, fields in chosen.items())
@@ -165,7 +165,9 @@ def _find(name: str) -> tuple[str, str]:
             return name, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise ConfigError(f"{name}: must be a readable pipeline file; {reason}.") from error
+            raise ConfigError(
+                f"{name}: must be a readable pipeline file; {reason}. Correct it."
+            ) from error
     shipped = shipped_pipelines()
     if name not in shipped:
         near = nearest(name, shipped)
@@ -186,6 +188,7 @@ def _build(where: str, stage: str, fields: Mapping[str, Any]) -> Stage:
     for name in fields:
         if name not in kind.model_fields:
             near = nearest(str(name), kind.model_fields)
+            near = near or f" Choose among {', '.join(kind.model_fields)}."
             raise ConfigError(f"{where}: {stage} has no parameter {name!r}.{near}")
     try:
         return kind(**fields)
@@ -211,7 +214,9 @@ def _check_columns(where: str, stages: Sequence[Stage]) -> None:
         if not seen and not isinstance(stage, Ingest):
             raise ConfigError(f"{where}: the first stage must be ingest; got {stage.name}. Add it.")
         if stage.name in seen:
-            raise ConfigError(f"{where}: stage {stage.name} must occur once; it occurs twice.")
+            raise ConfigError(
+                f"{where}: stage {stage.name} must occur once; it occurs twice. Remove one."
+            )
         seen.add(stage.name)
         for column in stage.reads():
             if column not in writers:

@@ -96,7 +96,9 @@ class Samples(IterableDataset[dict[str, Any]]):
         if image not in ("pil", "bytes"):
             raise ConfigError(f"load: image must be pil or bytes; got {image!r}. Choose one.")
         if buffer_samples < 1:
-            raise ConfigError(f"load: buffer_samples must be at least 1; got {buffer_samples}.")
+            raise ConfigError(
+                f"load: buffer_samples must be at least 1; got {buffer_samples}; raise it."
+            )
         self.rank, self.world_size = _find_rank(rank, world_size)
         self._image, self._transform = image, transform
         self._weighted, self._seed, self._shuffle = weighted, seed, shuffle

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,7 @@ __all__ = [
     "read_row_group",
     "read_table",
     "read_vectors",
+    "relative",
     "remove",
     "scratch",
     "vector_column",
@@ -73,6 +75,14 @@ _RAW_GROUP_ROWS = 1024
 def join(folder: str, *names: str) -> str:
     """Join a folder's URL and names below it."""
     return "/".join([folder.rstrip("/"), *(name.strip("/") for name in names)])
+
+
+def relative(url: str, folder: str) -> str:
+    """Return the address of `url` for a page in `folder`: relative if both are on a local disk."""
+    if not (is_local(url) and is_local(folder)):
+        return url
+    path = os.path.relpath(filesystem(url)[1], filesystem(folder)[1])
+    return quote(path)
 
 
 def exists(url: str) -> bool:

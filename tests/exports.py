@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,10 +50,13 @@ class Silent:
     def __init__(self) -> None:
         self.steps: dict[str, tuple[int, int]] = {}
 
-    def begin(self, stage: str, step: str, tasks: int, done: int) -> None:
+    def note(self, text: str) -> None:
+        pass
+
+    def begin(self, stage: str, step: str, tasks: int, done: int, workers: int = 0) -> None:
         self.steps[step] = (tasks, done)
 
-    def advance(self, samples: float) -> None:
+    def advance(self, counts: Mapping[str, float]) -> None:
         pass
 
     def end(self) -> None:

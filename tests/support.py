@@ -147,7 +147,12 @@ def read_summary(out: Path) -> dict[str, Any]:
 
 def read_report(out: Path) -> dict[str, Any]:
     """Return the samples, galleries and curve that the report's page shows."""
-    text = (out / "report/data.js").read_text(encoding="utf-8")
+    return read_data(out / "report")
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """Return what a page shows, from the data file beside it."""
+    text = (folder / "data.js").read_text(encoding="utf-8")
     head, _, value = text.partition("window.curateReport = ")
     assert head == '"use strict";\n'
     found: dict[str, Any] = json.loads(value.rstrip().removesuffix(";"))

@@ -29,6 +29,7 @@ from tests.support import (
     only_error,
     pair,
     read_decisions,
+    read_report,
     read_shards,
     read_summary,
     succeed,
@@ -139,6 +140,20 @@ def test_bad_samples_are_all_accounted_for(bad: Run) -> None:
 @pytest.mark.parametrize("key", SINGLE)
 def test_bad_sample(bad: Run, key: str) -> None:
     assert dict(bad.reasons("bad.tar"))[key] == SINGLE[key]
+
+
+def test_what_only_poses_as_a_picture_never_reaches_the_page(bad: Run) -> None:
+    samples = {sample["key"]: sample for sample in read_report(bad.out)["samples"]}
+    assert samples["svg_named_jpg"]["reason"] == "decode_error"
+    assert "picture" not in samples["svg_named_jpg"]
+    files = [path for path in (bad.out / "report").rglob("*") if path.is_file()]
+    own = {"index.html", "data.js", "report.js", "report.css", "curves.json"}
+    pictures = [path for path in files if path.name not in own]
+    assert pictures
+    for path in pictures:
+        data = path.read_bytes()
+        assert path.suffix == ".webp"
+        assert (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
 
 
 def test_caption_is_cleaned(bad: Run) -> None:

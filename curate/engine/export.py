@@ -216,7 +216,7 @@ def _write_files(
         left = [task for task in tasks if task not in done]
         progress.begin("export", step, len(tasks), len(tasks) - len(left))
         for _task, counts in workers.map(_execute, left, request, step) if left else ():
-            progress.advance(counts["samples"])
+            progress.advance(counts)
         progress.end()
     return _finish(request, run, layout)
 

@@ -1,13 +1,15 @@
 """A finished OUT: what can be asked of it without its input."""
 
+from collections.abc import Callable
 from typing import Any
 
 from curate import storage
 from curate.errors import OutputError
 from curate.stages.base import Room
 from curate.stages.report import Report, RunFacts, write_report
+from curate.stages.report_compare import Side, write_comparison
 
-__all__ = ["open_room", "read_finished", "rebuild_report"]
+__all__ = ["compare_runs", "open_room", "read_finished", "rebuild_report"]
 
 #: Tables whose shards are results, not rows beside those of the index.
 _RESULTS = ("write", "report")
@@ -72,13 +74,31 @@ def rebuild_report(out: str) -> str:
 
     The caller holds OUT locked.
     """
+    side = _open_side(out)
+    return _write_page(out, "report", lambda folder: write_report(side.room, side.run, folder))
+
+
+def compare_runs(out: str, other: str) -> str:
+    """Write OUT/compare, the page of what differs from another run; return where it is.
+
+    The caller holds OUT locked; the other run is only read.
+    """
+    this, there = _open_side(out), _open_side(other)
+    return _write_page(out, "compare", lambda folder: write_comparison(this, there, folder))
+
+
+def _open_side(out: str) -> Side:
     summary = read_finished(out)
-    room = open_room(out, summary)
-    scratch = storage.join(out, f"{storage.TEMPORARY_PREFIX}report")
+    return Side(out, open_room(out, summary), RunFacts(summary["facts"], summary["stages"]))
+
+
+def _write_page(out: str, name: str, write: Callable[[str], int]) -> str:
+    """Have a page written beside its place and put there whole."""
+    scratch = storage.join(out, f"{storage.TEMPORARY_PREFIX}{name}")
     storage.remove(scratch)
     try:
-        write_report(room, RunFacts(summary["facts"], summary["stages"]), scratch)
-        storage.mirror(scratch, storage.join(out, "report"))
+        write(scratch)
+        storage.mirror(scratch, storage.join(out, name))
     finally:
         storage.remove(scratch)
-    return storage.join(out, "report", "index.html")
+    return storage.join(out, name, "index.html")

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from typing import Any, Protocol
@@ -41,11 +41,14 @@ _BEFORE_RUN = (".lock", "run.log", storage.TEMPORARY_PREFIX)
 class Progress(Protocol):
     """What a run tells whoever watches it."""
 
-    def begin(self, stage: str, step: str, tasks: int, done: int) -> None:
+    def note(self, text: str) -> None:
+        """Something is worth a line."""
+
+    def begin(self, stage: str, step: str, tasks: int, done: int, workers: int = 0) -> None:
         """A step begins; `done` of its tasks were finished before."""
 
-    def advance(self, samples: float) -> None:
-        """One task of the current step ended."""
+    def advance(self, counts: Mapping[str, float]) -> None:
+        """One task of the current step ended: its `samples`, and `reason.CODE` it gave."""
 
     def end(self) -> None:
         """The current step ended."""
@@ -304,6 +307,8 @@ def _run(
         # The mark that OUT is ours and what lies in it unfinished, should this run be killed.
         _commit_run(out, {**previous, "status": "unfinished", "pipeline": pipeline.text})
     with Workers(options, out) as workers:
+        if unfinished:
+            progress.note(workers.describe_dashboard())
         _run_stages(unfinished, workers, progress)
         if len(stages) < len(pipeline.stages):  # the last of them made what the others read
             stages = bind(pipeline, out)
@@ -340,12 +345,13 @@ def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
         tasks = step.tasks(room)
         left = [task for task in tasks if task not in done]
         _LOG.info("%s.%s: %d tasks, %d done before", stage.name, step.name, len(tasks), len(done))
-        progress.begin(stage.name, step.name, len(tasks), len(tasks) - len(left))
+        done_before = len(tasks) - len(left)
+        progress.begin(stage.name, step.name, len(tasks), done_before, workers.count)
         begun = time.monotonic()
         if left:
             folders = [bound.done_folder(step, table) for table in bound.served(step)]
             for _task, counts in workers.map(_execute, left, room, step.name, folders):
-                progress.advance(counts.get("samples", 0))
+                progress.advance(counts)
         seconds[step.name] = time.monotonic() - begun
         progress.end()
     for name in sorted(room.missing):

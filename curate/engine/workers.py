@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ class Workers:
             client = self._local()
         self._client = client
 
+    def describe_dashboard(self) -> str:
+        """Return the address of Dask's dashboard, or why there is none, as a sentence."""
+        if find_spec("bokeh") is None:
+            return "Dask dashboard: off, bokeh is not installed; pip install 'curate[dashboard]'"
+        self.start()
+        try:
+            return f"Dask dashboard: {self._client.dashboard_link}"
+        except KeyError:  # a scheduler that runs without
+            return "Dask dashboard: off, the scheduler has none"
+
     def _local(self) -> Any:
         import dask
         from distributed import Client, LocalCluster
@@ -166,7 +177,7 @@ class Workers:
         # A task's exception is raised here: workers need not print it, traceback and all, before.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
         dask.config.set({"distributed.nanny.pre-spawn-environ": _thread_environment(self.threads)})
-        with _interrupts_held():
+        with _interrupts_held(), _starting_told():
             cluster = LocalCluster(
                 n_workers=self.count,
                 threads_per_worker=1,
@@ -274,6 +285,19 @@ def _in_background(load: Callable[..., None], *arguments: Any) -> None:
     keep_freed_memory()
     # A daemon: whatever goes wrong here goes wrong again, and is told, in the task that needs it.
     threading.Thread(target=load, args=arguments, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _starting_told() -> Iterator[None]:
+    """Say why local workers did not come up, as far as that can be known."""
+    try:
+        yield
+    except RuntimeError as error:  # "Nanny failed to start"
+        why = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+        raise WorkerError(
+            f"workers: must start; they did not: {why}. A script must call curate.run under "
+            '`if __name__ == "__main__":`, since workers import it; elsewhere use fewer --workers.'
+        ) from error
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def detect(names: Iterable[str]) -> str:
     if not present and suffixes["npy"]:
         present.append("npy")
     if not present:
-        raise InputError(f"must hold {_accepted()}; found {_summary(suffixes)}")
+        raise InputError(f"must hold {_accepted()}; found {_summary(suffixes)}. Name other paths")
     if len(present) > 1:
         raise InputError(
             f"must be of one layout; found {' and '.join(present)} ({_summary(suffixes)}). "

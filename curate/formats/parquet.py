@@ -241,7 +241,7 @@ def _check_uid_column(name: str, schema: pa.Schema, uid_column: str | None) -> N
     if uid_column is not None and uid_column not in schema.names:
         raise InputError(
             f"{name}: ingest.uid_column must be one of {', '.join(schema.names[:12])}; "
-            f"got {uid_column}."
+            f"got {uid_column}. Choose one of them, or leave it out."
         )
 
 

@@ -212,7 +212,7 @@ def _find_root(inputs: tuple[str, ...], _: str) -> str:
             is_file = is_file or not ask(fs, text, partial(fs.isdir, path))
             folders.append((parent(path) if is_file else path).split("/"))
     if first is None:
-        raise InputError("--input: must name at least one file or folder; got none.")
+        raise InputError("--input: must name at least one file or folder; got none. Add one.")
     shared = folders[0]
     for parts in folders[1:]:
         same = (a == b for a, b in zip(shared, parts, strict=False))
@@ -260,7 +260,9 @@ def _find(fs: fsspec.AbstractFileSystem, path: str, text: str) -> dict[str, dict
         for one, info in matches.items():
             found |= _find_below(fs, one) if info["type"] == "directory" else {one: info}
     except FileNotFoundError as error:
-        raise InputError(f"{text}: must be a file, folder or pattern; no such path.") from error
+        raise InputError(
+            f"{text}: must be a file, folder or pattern; no such path. Correct it."
+        ) from error
     except OSError as error:
         why = f"{error.filename or text}: {error.strerror or error}"
         raise InputError(f"{text}: must be readable; got {why}. Check permissions.") from error

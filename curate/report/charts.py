@@ -30,9 +30,23 @@ def draw_bars(start: int, length: int, total: int, dropped: bool) -> str:
 
 
 def draw_histogram(
-    name: str, low: float, high: float, kept: Sequence[int], dropped: Sequence[int]
+    name: str,
+    low: float,
+    high: float,
+    kept: Sequence[int],
+    dropped: Sequence[int],
+    words: tuple[str, str] = ("kept", "dropped"),
 ) -> str:
-    """Return shares of the kept as an area and of the dropped as a line above the same bins."""
+    """Return shares of the kept as an area and of the dropped as a line above the same bins.
+
+    Parameters
+    ----------
+    name : str
+    low, high : float
+    kept, dropped : sequence of int
+    words : (str, str)
+        What the two are called.
+    """
     shares = [[count / max(sum(side), 1) for count in side] for side in (kept, dropped)]
     top = max((max(side) for side in shares), default=0) or 1
     step = (_WIDTH - _LEFT - _RIGHT) / max(len(kept), 1)
@@ -40,7 +54,8 @@ def draw_histogram(
     for number, (own, other) in enumerate(zip(*shares, strict=True)):
         x, y = _LEFT + number * step, _down(own / top)
         first, last = (low + (high - low) * (number + one) / len(kept) for one in (0, 1))
-        told = f"{first:.3g} to {last:.3g}: {kept[number]:,} kept, {dropped[number]:,} dropped"
+        counts = f"{kept[number]:,} {words[0]}, {dropped[number]:,} {words[1]}"
+        told = f"{first:.3g} to {last:.3g}: {counts}"
         bars.append(
             f'<rect class="kept area" x="{x:.1f}" y="{y:.1f}" width="{step:.2f}" '
             f'height="{_down(0) - y:.1f}"/>'
@@ -55,7 +70,7 @@ def draw_histogram(
     ends = [round(value, digits) for value in (low, (low + high) / 2, high)]
     marks = _mark_across(list(zip(ends, (0.0, 0.5, 1.0), strict=True)))
     marks += _mark_up([(0, 0), (top, 1)], "{:.0%}")
-    told = f"{sum(kept):,} kept and {sum(dropped):,} dropped samples have one"
+    told = f"{sum(kept):,} {words[0]} and {sum(dropped):,} {words[1]} samples have one"
     return _frame(name, told, "".join(bars) + marks)
 
 
@@ -163,8 +178,14 @@ def draw_intervals(title: str, told: str, points: Sequence[tuple[str, float, flo
     return _frame(title, told, "".join(parts) + marks)
 
 
-def draw_density(column: str, low: float, high: float, counts: Sequence[Sequence[int]]) -> str:
-    """Return a grid of squares, the stronger in colour the more samples.
+def draw_density(
+    column: str,
+    low: float,
+    high: float,
+    counts: Sequence[Sequence[int]],
+    regions: Sequence[Sequence[int]],
+) -> str:
+    """Return a grid of squares, the stronger in colour the more samples, in regions to choose.
 
     Parameters
     ----------
@@ -174,6 +195,8 @@ def draw_density(column: str, low: float, high: float, counts: Sequence[Sequence
         Its range.
     counts : (R, C) int
         By rarity (across, [0, 1]) and by `column`.
+    regions : (S * S, 2) int
+        Samples and dropped samples of S by S regions, rarity first.
     """
     most = max(max(row) for row in counts)
     width = (_WIDTH - _LEFT - _RIGHT) / len(counts)
@@ -187,16 +210,32 @@ def draw_density(column: str, low: float, high: float, counts: Sequence[Sequence
                 x, y = _LEFT + across * width, _down(0) - (up + 1) * height
                 squares.append(
                     f'<rect class="kept" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-                    f'height="{height:.1f}" fill-opacity="{opacity:.2f}">'
-                    f"<title>{count:,} samples</title></rect>"
+                    f'height="{height:.1f}" fill-opacity="{opacity:.2f}"/>'
                 )
     marks = _mark_across([(0, 0.0), (0.5, 0.5), (1, 1.0)])
     marks += _mark_up([(low, 0), ((low + high) / 2, 0.5), (high, 1)], "{:.2g}")
     return _frame(
         f"{column} against rarity",
-        "the stronger the colour, the more samples",
-        "".join(squares) + marks,
+        "the stronger the colour, the more samples; choose regions to see theirs",
+        f'{"".join(squares)}{marks}<g id="regions">{_draw_regions(regions)}</g>',
     )
+
+
+def _draw_regions(regions: Sequence[Sequence[int]]) -> str:
+    side = math.isqrt(len(regions))
+    width = (_WIDTH - _LEFT - _RIGHT) / side
+    height = (_HEIGHT - _TOP - _BOTTOM) / side
+    drawn = []
+    for number, (samples, dropped) in enumerate(regions):
+        across, up = divmod(number, side)
+        told = f"{samples:,} samples, {dropped:,} dropped"
+        drawn.append(
+            f'<rect class="touch region" role="button" aria-pressed="false" aria-label="{told}" '
+            f'tabindex="{0 if number == 0 else -1}" x="{_LEFT + across * width:.1f}" '
+            f'y="{_down(0) - (up + 1) * height:.1f}" width="{width:.1f}" height="{height:.1f}">'
+            f"<title>{told}</title></rect>"
+        )
+    return "".join(drawn)
 
 
 def _right(share: float) -> float:

@@ -21,7 +21,10 @@ __all__ = [
     "clean_text",
     "read_assets",
     "render_data",
+    "render_document",
+    "render_galleries",
     "render_page",
+    "render_table",
 ]
 
 #: Characters of a caption that are shown; the whole is in `decisions`.
@@ -90,6 +93,8 @@ class Overview:
         Stage, wall seconds, samples.
     parameters : tuple of (str, str)
     versions : tuple of (str, str)
+    fingerprints : tuple of (str, str)
+        Table and the hash of everything that made it.
     what_if : tuple of (float, int)
         Cosine and samples that would have been kept, the run's own first.
     what_if_bound : bool
@@ -104,6 +109,7 @@ class Overview:
     times: tuple[tuple[str, float, float], ...] = ()
     parameters: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+    fingerprints: tuple[tuple[str, str], ...] = ()
     what_if: tuple[tuple[float, int], ...] = ()
     what_if_bound: bool = False
 
@@ -151,6 +157,9 @@ def render_data(
     galleries: Sequence[Gallery],
     curve: dict[str, Any] | None,
     places: dict[str, Any] | None = None,
+    density: dict[str, Any] | None = None,
+    further: dict[str, dict[str, Any]] | None = None,
+    other: str | None = None,
 ) -> bytes:
     """Return the data file: a script that does nothing but assign one value.
 
@@ -167,11 +176,32 @@ def render_data(
         `points`, `current` and `ladder` (uids).
     places : dict, optional
         `points` of the map: uid, across and down in [0, 1].
+    density : dict, optional
+        `regions` and `shown` of the density, see `render_page`.
+    further : dict, optional
+        Columns of some samples that no run has, by uid: `there` (verdict of another run) and
+        `elsewhere` (the sample is of that run).
+    other : str, optional
+        OUT of that other run.
     """
     place = {uid: number for number, uid in enumerate(rows)}
+    clusters = [
+        row.get("cluster_id") for row in rows.values() if (row.get("cluster_size") or 1) > 1
+    ]
+    cluster = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
     value = {
         "samples": [
-            _sample(row, pictures.get(uid), place.get(row["representative_uid"] or ""), scores)
+            {
+                **_sample(
+                    row, pictures.get(uid), place.get(row["representative_uid"] or ""), scores
+                ),
+                **(
+                    {"cluster": cluster[row["cluster_id"]]}
+                    if row.get("cluster_id") in cluster
+                    else {}
+                ),
+                **(further or {}).get(uid, {}),
+            }
             for uid, row in rows.items()
         ],
         "galleries": [
@@ -187,6 +217,12 @@ def render_data(
             for gallery in galleries
         ],
         "map": places and [[place[uid], x, y] for uid, x, y in places["points"]],
+        "density": density
+        and {
+            "regions": density["regions"],
+            "shown": [[place[uid] for uid in uids] for uids in density["shown"]],
+        },
+        **({"other": other} if other is not None else {}),
         "curve": curve and {**curve, "ladder": [place[uid] for uid in curve["ladder"]]},
     }
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -238,31 +274,47 @@ def render_page(
     curve : dict, optional
         `points` and `current`, see `report_curves.trade_off`.
     density : dict, optional
-        `column`, `low`, `high` and `counts` over rarity (rows) and that column.
+        `column`, `low`, `high` and `counts` over rarity (rows) and that column; `regions`:
+        samples and dropped samples of each part that can be chosen; `shown` (uids of each).
     places : dict, optional
         `points` and `share` of the map.
     """
     body = [
         _render_head(overview),
-        _render_galleries(),
+        render_galleries(),
         _render_threshold(curve, overview),
         _render_curves(charts, overview, density),
         _render_map(places),
         _render_run(overview),
     ]
     sections = [one for one in _SECTIONS if one[0] != "map" or places is not None]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in sections)
+    return render_document("curate report", sections, "".join(body))
+
+
+def render_document(title: str, sections: Sequence[tuple[str, str]], body: str) -> bytes:
+    """Return a page with the report's style, script, data file and policy.
+
+    Parameters
+    ----------
+    title : str
+    sections : sequence of (id, title)
+        What the head links to; the first is where a reader starts.
+    body : str
+        HTML of the sections.
+    """
+    links = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in sections)
     page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>curate report</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         '<meta name="referrer" content="no-referrer">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<link rel="stylesheet" href="report.css">'
         '<script src="data.js" defer></script><script src="report.js" defer></script></head><body>'
-        '<a class="skip" href="#overview">Skip to the figures</a>'
+        f'<a class="skip" href="#{sections[0][0]}">Skip to the figures</a>'
         f'<header><strong>curate</strong><nav aria-label="Sections">{links}</nav></header>'
-        f"<main>{''.join(body)}</main></body></html>\n"
+        f"<main>{body}</main></body></html>\n"
     )
     return page.encode()
 
@@ -332,7 +384,8 @@ def _percent(number: int, overview: Overview) -> str:
     return f"{number / max(overview.ingested, 1):.1%}"
 
 
-def _render_galleries() -> str:
+def render_galleries() -> str:
+    """Return the section that the script fills with the galleries of the data file."""
     return (
         '<section id="galleries"><h2>Galleries</h2>'
         '<label class="search">Search captions, keys and uids of the samples shown here'
@@ -388,7 +441,8 @@ def _render_curves(
         bound = ", upper bounds" if overview.what_if_bound else ""
         parts.append(draw_steps(f"Kept against dedup.min_cosine{bound}", overview.what_if))
     if density is not None:
-        parts.append(draw_density(**density))
+        shown = {name: density[name] for name in ("column", "low", "high", "counts", "regions")}
+        parts.append(draw_density(**shown))
     if not parts:
         parts.append("<p>This run has no numeric score.</p>")
     legend = (
@@ -397,7 +451,8 @@ def _render_curves(
     )
     return (
         f'<section id="curves"><h2>Curves</h2>{legend if charts else ""}'
-        f'<div class="charts">{"".join(parts)}</div></section>'
+        f'<div class="charts">{"".join(parts)}</div>'
+        '<div id="region" aria-live="polite"></div></section>'
     )
 
 
@@ -410,8 +465,9 @@ def _render_map(places: dict[str, Any] | None) -> str:
         "components (PCA) of their image vectors, which hold "
         f"{places['share']:.0%} of the variance: what lies far apart differs, what lies together "
         "need not be alike. Point at a dot, or move with the arrow keys.</p>"
+        '<div id="colours" class="chips" role="group" aria-label="Colour of the dots"></div>'
         '<p class="legend"><span class="key dot kept">kept</span> '
-        '<span class="key dot dropped">dropped</span></p>'
+        '<span class="key dot dropped">dropped</span> <span id="scale"></span></p>'
         '<div class="plane"><svg id="plane" viewBox="0 0 360 270" tabindex="0" role="application" '
         'aria-label="Map of samples; left and right arrow keys move between them"></svg>'
         '<div id="here" aria-live="polite"></div></div></section>'
@@ -427,20 +483,26 @@ def _render_run(overview: Overview) -> str:
     blocks = []
     if times:
         rows = [*times, ("all of these", f"{total:.1f}", "")]
-        blocks.append(_render_table("Time", ("stage", "seconds", "samples/s"), rows, 1))
+        blocks.append(render_table("Time", ("stage", "seconds", "samples/s"), rows, 1))
     if overview.parameters:
-        blocks.append(_render_table("Parameters", ("name", "value"), overview.parameters, 9))
+        blocks.append(render_table("Parameters", ("name", "value"), overview.parameters, 9))
     if overview.versions:
-        blocks.append(_render_table("Versions", ("package", "version"), overview.versions, 9))
+        blocks.append(render_table("Versions", ("package", "version"), overview.versions, 9))
+    if overview.fingerprints:
+        heads = ("table", "fingerprint")
+        blocks.append(render_table("Fingerprints", heads, overview.fingerprints, 9))
     return f'<section id="run"><h2>Run</h2><div class="tables">{"".join(blocks)}</div></section>'
 
 
-def _render_table(
+def render_table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int
 ) -> str:
+    """Return a table of texts; columns from `numbers_from` on hold numbers."""
+
     def cell(number: int, text: str, tag: str) -> str:
         kind = ' class="number"' if number >= numbers_from else ""
-        return f"<{tag}{kind}>{escape(clean_text(text))}</{tag}>"
+        shown = escape(clean_text(text)).replace("_", "_<wbr>")  # long names wrap there
+        return f"<{tag}{kind}>{shown}</{tag}>"
 
     head = "".join(cell(i, text, "th") for i, text in enumerate(heads))
     body = "".join(

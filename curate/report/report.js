@@ -17,9 +17,11 @@
 
   // A page opened from OUT/report can tell where OUT is; a copy of the page elsewhere cannot.
   function outPath() {
-    const path = decodeURIComponent(location.pathname).replace(/\/report\/[^/]*$/, "");
-    const found = location.protocol === "file:" && path !== decodeURIComponent(location.pathname);
-    if (!found) return "OUT";
+    const whole = decodeURIComponent(location.pathname);
+    const path = whole.replace(/\/(report|compare)\/[^/]*$/, "");
+    return location.protocol === "file:" && path !== whole ? quote(path) : "OUT";
+  }
+  function quote(path) {
     return /^[\w@%+=:,.\/-]+$/.test(path) ? path : `'${path.replace(/'/g, "'\\''")}'`;
   }
   const out = outPath();
@@ -69,6 +71,7 @@
         "figcaption",
         {},
         verdict(sample, "isKept" in options, options.isKept),
+        sample.there ? make("small", { class: "there" }, `the other run: ${sample.there}`) : null,
         caption,
         ...(sample.merged || []).map((text) =>
           make("bdi", { class: "merged", dir: "auto" }, `+ ${text}`),
@@ -96,7 +99,8 @@
       if (value === null || value === undefined) continue;
       list.append(make("dt", {}, name), make("dd", {}, make("bdi", {}, String(value))));
     }
-    const command = `curate show ${out} ${sample.uid}`;
+    const where = sample.elsewhere ? quote(data.other) : out;
+    const command = `curate show ${where} ${sample.uid}`;
     return make(
       "details",
       {},
@@ -211,9 +215,45 @@
         mark.setAttribute("cy", top);
         mark.setAttribute("r", 2.6);
       } else mark.setAttribute("d", `M${left} ${top - 3.6}l3.6 3.6l-3.6 3.6l-3.6-3.6z`);
-      mark.setAttribute("class", keep ? "dot kept" : "dot dropped");
       return mark;
     });
+    // Five steps of rarity; eight colours for clusters, so that neighbours may share one.
+    const has = (name) => points.some(([item]) => data.samples[item][name] !== undefined);
+    const rarityOf = (sample) => (sample.scores || {}).rarity;
+    const COLOURINGS = {
+      verdict: [true, (sample) => (sample.keep ? "kept" : "dropped"), ""],
+      rarity: [
+        points.some(([item]) => rarityOf(data.samples[item]) !== undefined),
+        (sample) => {
+          const value = rarityOf(sample);
+          return value === undefined ? "plain" : `rarity-${Math.min(4, Math.floor(value * 5))}`;
+        },
+        "the darker or, on dark paper, the lighter, the rarer",
+      ],
+      cluster: [
+        has("cluster"),
+        (sample) => (sample.cluster === undefined ? "plain" : `cluster-${sample.cluster % 8}`),
+        "one colour per cluster of copies; grey: no copies",
+      ],
+    };
+    function colour(chosen) {
+      const [, kind, told] = COLOURINGS[chosen];
+      points.forEach(([item], number) => {
+        const at = marks[number].classList.contains("at") ? " at" : "";
+        marks[number].setAttribute("class", `dot ${kind(data.samples[item])}${at}`);
+      });
+      find("scale").textContent = told;
+      for (const button of find("colours").children) {
+        button.setAttribute("aria-pressed", String(button.textContent === chosen));
+      }
+    }
+    for (const [name, [isThere]] of Object.entries(COLOURINGS)) {
+      if (!isThere) continue;
+      const button = make("button", { type: "button" }, name);
+      button.addEventListener("click", () => colour(name));
+      find("colours").append(button);
+    }
+    colour("verdict");
     plane.append(...marks);
     let at = -1;
     function go(next) {
@@ -247,6 +287,50 @@
     go(Math.floor(points.length / 2));
   }
   if (data.map) drawMap();
+
+  // Regions of the density: click, drag, or arrow keys and Enter.
+  function listenToRegions() {
+    const regions = [...find("regions").children];
+    const side = Math.sqrt(regions.length);
+    const isChosen = (region) => region.getAttribute("aria-pressed") === "true";
+    let paints = true;
+    function choose(region, on) {
+      region.setAttribute("aria-pressed", String(on));
+      const chosen = regions.flatMap((one, number) => (isChosen(one) ? [number] : []));
+      const sum = (place) =>
+        chosen.reduce((total, number) => total + data.density.regions[number][place], 0);
+      const items = chosen.flatMap((number) => data.density.shown[number]);
+      const told = `${count(sum(0))} samples, ${count(sum(1))} dropped`;
+      const title = items.length < sum(0) ? `${told}; ${items.length} of them` : told;
+      find("region").replaceChildren(
+        ...(chosen.length ? [make("h3", {}, title), grid(items, {})] : []),
+      );
+    }
+    regions.forEach((region, number) => {
+      region.addEventListener("pointerdown", (event) => {
+        region.releasePointerCapture(event.pointerId);
+        paints = !isChosen(region);
+        choose(region, paints);
+      });
+      region.addEventListener("pointerenter", (event) => {
+        if (event.buttons & 1 && isChosen(region) !== paints) choose(region, paints);
+      });
+      region.addEventListener("keydown", (event) => {
+        const step = { ArrowRight: side, ArrowLeft: -side, ArrowUp: 1, ArrowDown: -1 }[event.key];
+        if (step) {
+          const next = regions[number + step];
+          if (next) {
+            region.setAttribute("tabindex", "-1");
+            next.setAttribute("tabindex", "0");
+            next.focus();
+          }
+        } else if (event.key === "Enter" || event.key === " ") choose(region, !isChosen(region));
+        else return;
+        event.preventDefault();
+      });
+    });
+  }
+  if (data.density) listenToRegions();
 
   // The slider.
   const curve = data.curve;

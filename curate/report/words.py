@@ -75,7 +75,10 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
             f"({within}{recall['rows']} samples)"
         )
         if not recall.get("reached", True):
-            lines.append("Warning: that is below dedup.target_recall; raise dedup.max_probes")
+            lines.append(
+                "Warning: of duplicate pairs fewer were found than dedup.target_recall asks; raise "
+                "dedup.max_probes"
+            )
     detector = facts.get("score", {}).get("mismatch", {})
     if detector.get("share") is not None:
         lines.append(

@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from curate import storage
-from curate.report.page import Overview, read_assets, render_data, render_page
+from curate.report.page import Chart, Overview, read_assets, render_data, render_page
 from curate.report.words import describe_facts, stage_times
 from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
 from curate.stages.report_draw import FURTHER, SHOWN, Drawn, draw
 
-__all__ = ["Report", "RunFacts", "write_report"]
+__all__ = ["Report", "RunFacts", "read_thumbnails", "write_pictures", "write_report"]
 
 #: Bytes of all thumbnails together: with the rest the page stays below 30 MB whatever the run.
 _THUMBNAIL_BYTES = 18_000_000
@@ -25,7 +25,7 @@ class Report(Stage):
     """Draw samples of every reason and show them."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     publishes: ClassVar[tuple[str, ...]] = ("report",)
     reads_further: ClassVar[bool] = True
 
@@ -53,7 +53,7 @@ class RunFacts:
     facts : dict
         By stage.
     tables : dict
-        By table: `parameters`, `steps` and `versions`.
+        By table: `parameters`, `steps`, `versions` and `fingerprint`.
     """
 
     def __init__(self, facts: dict[str, Any], tables: dict[str, Any]) -> None:
@@ -73,7 +73,8 @@ class RunFacts:
             for table in stage.tables():
                 path = storage.join(room.folders[table.name], "manifest.json")
                 if storage.exists(path):
-                    tables[table.name] = storage.read_json(path)
+                    mark = room.folders[table.name].rpartition("-")[2]
+                    tables[table.name] = {**storage.read_json(path), "fingerprint": mark}
         return cls(facts, tables)
 
     def parameters(self) -> dict[str, dict[str, Any]]:
@@ -103,10 +104,7 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
     assert isinstance(stage, Report)
     rate = run.parameters().get("select", {}).get("max_mismatch_rate")
     drawn = draw(room, stage.pictures, stage.seed, run.facts, rate)
-    thumbnails = _read_thumbnails(room, list(drawn.rows))
-    pictures = {uid: f"thumbnails/{number:04d}.webp" for number, uid in enumerate(thumbnails)}
-    for uid, name in pictures.items():
-        storage.commit_bytes(storage.join(target, name), thumbnails[uid])
+    pictures = write_pictures(read_thumbnails(room, list(drawn.rows)), target)
     curve = None
     if drawn.curve:
         curve = {
@@ -116,22 +114,47 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
             "note": _note(drawn, run.parameters()),
             "ingested": sum(drawn.totals.values()),
         }
+    overview = _overview(drawn, run)
+    curves = {
+        "threshold": drawn.curve,
+        "min_cosine": overview.what_if,
+        "histograms": {chart.name: _numbers(chart) for chart in drawn.charts},
+    }
     files = {
         **read_assets(),
+        "curves.json": json.dumps(curves, indent=1).encode(),
         "data.js": render_data(
-            drawn.rows, pictures, drawn.scores, drawn.galleries, curve, drawn.places
+            drawn.rows,
+            pictures,
+            drawn.scores,
+            drawn.galleries,
+            curve,
+            drawn.places,
+            drawn.density,
         ),
-        "index.html": render_page(
-            _overview(drawn, run), drawn.charts, curve, drawn.density, drawn.places
-        ),
+        "index.html": render_page(overview, drawn.charts, curve, drawn.density, drawn.places),
     }
     for name, data in files.items():
         storage.commit_bytes(storage.join(target, name), data)
     return sum(drawn.totals.values())
 
 
-def _read_thumbnails(room: Room, uids: list[str]) -> dict[str, bytes]:
-    """Thumbnails of samples in the order given, as many as the page has room for."""
+def _numbers(chart: Chart) -> dict[str, Any]:
+    return {"low": chart.low, "high": chart.high, "kept": chart.kept, "dropped": chart.dropped}
+
+
+def write_pictures(thumbnails: dict[str, bytes], target: str) -> dict[str, str]:
+    """Write thumbnails below a page's folder; return their places relative to it by uid."""
+    pictures = {uid: f"thumbnails/{number:04d}.webp" for number, uid in enumerate(thumbnails)}
+    for uid, name in pictures.items():
+        storage.commit_bytes(storage.join(target, name), thumbnails[uid])
+    return pictures
+
+
+def read_thumbnails(room: Room, uids: list[str]) -> dict[str, bytes]:
+    """Return thumbnails of samples in the order given, as many as a page has room for."""
+    if not room.has("thumbnail"):
+        return {}
     names = pa.array(uids, pa.string())
     found: dict[str, bytes | None] = {}
     for shard in room.shards():
@@ -191,6 +214,7 @@ def _overview(drawn: Drawn, run: RunFacts) -> Overview:
         tuple(stage_times(run.tables)),
         tuple(parameters),
         tuple(versions[-1].items()) if versions else (),
+        tuple((name, t["fingerprint"]) for name, t in run.tables.items() if "fingerprint" in t),
         ((own, kept), *what_if) if own is not None and what_if else (),
         any("bound" in row for row in selected.get("what_if", [])),
     )

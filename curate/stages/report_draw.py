@@ -118,7 +118,7 @@ class Drawn:
     ladder : list of str
         uids along the slider, by rising probability.
     density : dict or None
-        Counts over rarity and memorization.
+        Counts over rarity and memorization, see `report.page.render_page`.
     warnings : list of str
     scores : tuple of str
         Numeric columns of which the page speaks, those of plug-ins included.
@@ -272,6 +272,8 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
     found = _second_pass(first, ladder)
     galleries, rows = _hang(first, found)
     rows.update({uid: found.rows[uid] for uid in ladder if uid not in rows})
+    for best in found.density.best if found.density else ():
+        rows.update({row["uid"]: row for row in best.samples() if row["uid"] not in rows})
     places = _map(first)
     if places is not None:
         mapped = {row["uid"]: row for row in first.mapped.samples()}
@@ -281,8 +283,8 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
     rows.update({uid: found.rows[uid] for uid in sorted(others) if uid in found.rows})
     totals = {reason: best.total for reason, best in first.by_reason.items()}
     return Drawn(
-        totals, galleries, rows, found.charts, curve, rate, ladder, found.density,
-        _warn(first, totals), first.scores, places,
+        totals, galleries, rows, found.charts, curve, rate, ladder,
+        found.density.told() if found.density else None, _warn(first, totals), first.scores, places,
     )  # fmt: skip
 
 
@@ -346,7 +348,7 @@ class _Found:
     rows: dict[str, dict[str, Any]]
     clusters: dict[str, "_Cluster"]
     charts: list[Chart]
-    density: dict[str, Any] | None
+    density: "_Density | None"
 
 
 def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
@@ -357,7 +359,7 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
     clusters = {name: _Cluster() for name in first.clusters}
     rows: dict[str, dict[str, Any]] = {}
     memory = next((n for n in ("memorization_score", "holdout_gap") if n in first.ranges), None)
-    density = np.zeros((_CELLS, _CELLS), np.int64)
+    density = _Density(first.ranges[memory], memory) if memory is not None else None
     for shard in first.room.shards():
         table, ranks = first.read(shard)
         kept = table["keep"].to_numpy()
@@ -367,18 +369,14 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
         hits = table.filter(pc.is_in(table["uid"], value_set=names))
         rows.update({row["uid"]: row for row in hits.to_pylist()})
         _gather_members(table, ranks, kept, clusters)
-        if memory is not None:
-            density += _spread(table, memory, first.ranges[memory])
+        if density is not None:
+            density.add(table, ranks, kept)
     charts = [
         Chart(name, *first.ranges[name], bins[name][0].tolist(), bins[name][1].tolist())
         for name in first.scores
         if name in bins
     ]
-    grid = None
-    if memory is not None and density.any():
-        low, high = first.ranges[memory]
-        grid = {"column": memory, "low": low, "high": high, "counts": density.tolist()}
-    return _Found(rows, clusters, charts, grid)
+    return _Found(rows, clusters, charts, density)
 
 
 def _fetch(first: _Pass, uids: set[str], rows: dict[str, dict[str, Any]]) -> None:
@@ -411,11 +409,48 @@ def _gather_members(
         clusters[name].dropped.add(part, -cosines, ranks, (names == name) & ~kept)
 
 
-def _spread(table: pa.Table, memory: str, span: tuple[float, float]) -> Array:
-    across, up = numbers(table, "rarity"), numbers(table, memory)
-    known = ~np.isnan(across) & ~np.isnan(up)
-    counts, _, _ = np.histogram2d(across[known], up[known], _CELLS, [(0, 1), span])
-    return counts.astype(np.int64)
+#: Regions of the density that can be chosen, a side, and samples shown of each.
+_REGIONS, _REGION_SAMPLES = 6, 6
+
+
+class _Density:
+    """Counts over rarity and a measure of memorization, and some samples of every region."""
+
+    def __init__(self, span: tuple[float, float], column: str) -> None:
+        self.span, self.column = span, column
+        self.counts = np.zeros((_CELLS, _CELLS), np.int64)
+        self.best = [_Best(_REGION_SAMPLES) for _ in range(_REGIONS**2)]
+        self.dropped = np.zeros(_REGIONS**2, np.int64)
+
+    def add(self, table: pa.Table, ranks: Array, kept: Array) -> None:
+        across, up = numbers(table, "rarity"), numbers(table, self.column)
+        known = ~np.isnan(across) & ~np.isnan(up)
+        places = self._places(across, 0.0, 1.0), self._places(up, *self.span)
+        np.add.at(self.counts, tuple(place[known] for place in places), 1)
+        wide = _CELLS // _REGIONS
+        region = np.where(known, places[0] // wide * _REGIONS + places[1] // wide, -1)
+        self.dropped += np.bincount(region[known & ~kept], minlength=_REGIONS**2)
+        for number in np.unique(region[known]).tolist():
+            self.best[number].add(table, ranks, ranks, region == number)
+
+    def _places(self, values: Array, low: float, high: float) -> Array:
+        shares = (np.nan_to_num(values, nan=low) - low) / ((high - low) or 1.0)
+        return np.clip((shares * _CELLS).astype(np.int64), 0, _CELLS - 1)
+
+    def told(self) -> dict[str, Any] | None:
+        """See `report.page.render_page`; None if no sample has both."""
+        if not self.counts.any():
+            return None
+        low, high = self.span
+        totals = [best.total for best in self.best]
+        return {
+            "column": self.column,
+            "low": low,
+            "high": high,
+            "counts": self.counts.tolist(),
+            "regions": [list(pair) for pair in zip(totals, self.dropped.tolist(), strict=True)],
+            "shown": [[row["uid"] for row in best.samples()] for best in self.best],
+        }
 
 
 def _hang(first: _Pass, found: _Found) -> tuple[list[Gallery], dict[str, dict[str, Any]]]:

@@ -291,8 +291,10 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     ) as append:
         for start, stop in pairwise(shard_starts(room)):
             append(decisions.table(start, stop))
-    storage.commit_json(room.path("summary.json"), {**decisions.counts(), **facts})
-    return {"samples": len(table)}
+    counted = decisions.counts()
+    storage.commit_json(room.path("summary.json"), {**counted, **facts})
+    dropped = counted["counts"]["dropped"]
+    return {"samples": len(table), **{f"reason.{code}": n for code, n in dropped.items()}}
 
 
 def _source_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:

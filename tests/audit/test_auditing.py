@@ -14,7 +14,8 @@ from curate import storage
 from curate.audit import tracking
 from curate.audit.auditing import Request, audit, check_limits, figures
 from curate.audit.panel import list_samples
-from curate.audit.tracking import check_tracker, track_series
+from curate.audit.tracking import track_series
+from curate.engine.tracking import check_tracker
 from curate.errors import ConfigError, InputError, LimitExceededError, OutputError
 from curate.models.encoders import torch_threads
 from curate.report.audit_words import describe_audit

@@ -2,7 +2,7 @@ import hashlib
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,7 @@ class Stopping(Silent):
         super().__init__()
         self.left = left
 
-    def advance(self, samples: float) -> None:
+    def advance(self, counts: Mapping[str, float]) -> None:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt

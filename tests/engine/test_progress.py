@@ -24,21 +24,36 @@ def test_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     stream = io.StringIO()
     with make_progress(stream) as progress:
-        progress.begin("embed", "shards", 8, 2)
-        for _ in range(6):
+        progress.note("Dask dashboard: off")
+        progress.begin("embed", "shards", 8, 2, 2)
+        for number in range(6):
             now += 4
-            progress.advance(50)
+            progress.advance({"samples": 50, "reason.decode_error": number % 2})
         progress.end()
-        progress.begin("dedup", "groups", 1, 0)
-        progress.advance(0)
+        now += 100  # whatever a run does between stages is not a stage's
+        progress.begin("dedup", "cells", 1, 0, 1)
+        progress.advance({})
         progress.end()
-    lines = stream.getvalue().splitlines()
-    # A line each time ten seconds have passed, and one at the end of a step.
-    assert lines == [
-        "embed.shards: 5/8 tasks, 12.0 s, 12 samples/s",
-        "embed.shards: 8/8 tasks, 24.0 s, 12 samples/s",
-        "dedup.groups: 1/1 tasks, 0.0 s",
+        progress.begin("dedup", "groups", 1, 0, 1)
+        progress.end()
+    # A line each time ten seconds have passed, and one at the end of a stage.
+    assert stream.getvalue().splitlines() == [
+        "Dask dashboard: off",
+        "embed: shards 5/8 tasks, 0:12 left, 12 samples/s, 2 workers, 1 decode_error",
+        "embed: done in 24.0 s, 12 samples/s, 3 decode_error",
+        "dedup: done in 0.0 s",
     ]
+
+
+def test_only_the_commonest_reasons_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+    stream = io.StringIO()
+    with PlainProgress(stream) as progress:
+        progress.begin("select", "decide", 1, 0)
+        counts = {f"reason.{code}": number for number, code in enumerate("abcde")}
+        progress.advance({"samples": 1, **counts})
+        progress.end()
+    assert stream.getvalue() == "select: done in 0.0 s, 4 e, 3 d, 2 c, 1 other\n"
 
 
 def test_a_step_with_nothing_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,35 +61,43 @@ def test_a_step_with_nothing_left(capsys: pytest.CaptureFixture[str]) -> None:
     with PlainProgress(stream) as progress:
         progress.begin("embed", "shards", 3, 3)
         progress.end()
-    assert stream.getvalue().startswith("embed.shards: 3/3 tasks")
+    assert stream.getvalue().startswith("embed: done in 0.0 s")
     assert capsys.readouterr().out == ""
 
 
-def test_terminal_line() -> None:
+@pytest.mark.parametrize("columns", [20, 34, 50, 80, 140])
+def test_a_line_per_stage_that_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
     with TerminalProgress(stream) as progress:
-        progress.begin("embed", "shards", 4, 1)
+        progress.begin("embed", "shards", 4, 1, 2)
         for _ in range(3):
-            progress.advance(10)
+            progress.advance({"samples": 10, "reason.decode_error": 1})
         progress.end()
-        progress.begin("dedup", "groups", 1, 0)
-        progress.advance(0)
-        progress.end()
+        for step in ("cells", "search", "groups"):
+            progress.begin("dedup", step, 1, 0, 2)
+            progress.advance({})
+            progress.end()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "embed.shards" in shown
-    assert "4/4" in shown
-    assert "samples/s" in shown
-    assert "dedup.groups" in shown
+    last = [line for line in re.split(r"[\r\n]+", shown) if line.strip()][-2:]
+    assert [line.split()[0] for line in last] == ["embed", "dedup"]
+    assert "done in" in last[0]
+    assert all(len(line) <= columns for line in re.split(r"[\r\n]+", shown))
+    if columns >= 80:
+        assert "samples/s, 3 decode_error" in last[0]
+        assert "━" in last[0]
 
 
-def test_an_error_ends_the_display() -> None:
-    stream = Terminal()
-
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+def test_an_error_ends_the_display(stream: io.StringIO) -> None:
     def stumble() -> None:
-        with TerminalProgress(stream) as progress:
+        with make_progress(stream) as progress:
             progress.begin("embed", "shards", 4, 1)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         stumble()
-    assert "\x1b[?25h" in stream.getvalue()  # the cursor is back
+    assert "done" not in stream.getvalue()
+    assert ("\x1b[?25h" in stream.getvalue()) == stream.isatty()  # the cursor is back

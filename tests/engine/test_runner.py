@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -154,12 +155,15 @@ class Log:
         self.steps: list[list[Any]] = []
         self.ended = 0
 
-    def begin(self, stage: str, step: str, tasks: int, done: int) -> None:
+    def note(self, text: str) -> None:
+        assert text.startswith("Dask dashboard: ")
+
+    def begin(self, stage: str, step: str, tasks: int, done: int, workers: int = 0) -> None:
         self.steps.append([f"{stage}.{step}", tasks, done, 0.0])
 
-    def advance(self, samples: float) -> None:
+    def advance(self, counts: Mapping[str, float]) -> None:
         self.steps[-1][2] += 1
-        self.steps[-1][3] += samples
+        self.steps[-1][3] += counts.get("samples", 0)
 
     def end(self) -> None:
         self.ended += 1

@@ -3,15 +3,22 @@
 Wants playwright and Debian's chromium (`apt-get install chromium`, `pip install playwright`).
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from curate.stages.base import Room
 from curate.stages.report import RunFacts, write_report
+from curate.stages.report_compare import Side, write_comparison
+from curate.storage import vector_column
 from tests.stages.test_report import FACTS, decisions, lay_out
+from tests.stages.test_report_compare import change
 from tests.support import sample_pairs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -21,6 +28,13 @@ if CHROMIUM is None:
     pytest.skip("chromium is not installed", allow_module_level=True)
 
 HOSTILE = "<img src=x onerror=alert(1)> \u202ezebra"
+ODD = (
+    "\u200fשלום\u202e\u2067",
+    "x" * 10_000,
+    "a\x00b\x1b[2J",
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "' \" ` ${z}</script>",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +46,39 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = table["caption"].to_pylist()
     kept = table["keep"].to_pylist()
     captions = [HOSTILE if keep else text for keep, text in zip(kept, captions, strict=True)]
-    table = table.set_column(table.column_names.index("caption"), "caption", [captions])
+    captions = [text if n % 9 else ODD[n // 9 % len(ODD)] for n, text in enumerate(captions)]
+    for name in ("caption", "key"):
+        table = table.set_column(table.column_names.index(name), name, [captions])
+    vectors = np.random.default_rng(0).normal(size=(len(table), 8)).astype(np.float32)
+    rows = zip(table["uid"].to_pylist(), vectors, strict=True)
     room = lay_out(out / "stages", table, image, 2)
+    add_vectors(room, dict(rows))
     parameters = {"max_mismatch_rate": 0.05}
     manifest = {"parameters": parameters, "steps": {}, "versions": {"curate": "1"}}
     write_report(room, RunFacts(FACTS, {"select": manifest}), str(out / "report"))
+    other = change(table, 0.3)
+    there = Side("other", lay_out(out / "other", other, image, 3), RunFacts(FACTS, {}))
+    here = Side(str(out), room, RunFacts(FACTS, {"select": manifest}))
+    write_comparison(here, there, str(out / "compare"))
     return out / "report/index.html"
+
+
+def add_vectors(room: Room, vectors: dict[str, Any]) -> None:
+    """Put image vectors beside what `lay_out` laid out, for the map."""
+    room.origins["image_emb"] = "embed.vectors"
+    room.folders["embed.vectors"] = room.folders["select"].replace("select", "embed.vectors")
+    for shard in room.shards():
+        uids = room.read(shard, [])["uid"]
+        held = np.stack([vectors[uid] for uid in uids.to_pylist()])
+        column = vector_column(held, np.ones(len(held), bool))
+        room.commit_shard("embed.vectors", shard, pa.table({"uid": uids, "image_emb": column}))
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pictures of the pages are left: pytest's folder, or CURATE_SCREENSHOTS."""
+    chosen = os.environ.get("CURATE_SCREENSHOTS")
+    return Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +92,18 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, path: Path, **settings: Any) -> Any:
     """Open a page on which any complaint of the browser fails the test."""
     page = browser.new_page(**settings)
+    page.context.set_offline(True)
+    page.on("request", lambda request: local_only(request.url))
     page.on("console", lambda message: pytest.fail(f"console: {message.text}"))
     page.on("pageerror", lambda error: pytest.fail(f"error: {error}"))
     page.on("dialog", lambda dialog: pytest.fail(f"dialog: {dialog.message}"))
     page.goto(path.as_uri())
     return page
+
+
+def local_only(url: str) -> None:
+    if not url.startswith("file:"):
+        pytest.fail(f"asks the network: {url}")
 
 
 def test_opens_from_disk_and_shows_pictures(browser: Any, page_path: Path) -> None:
@@ -143,4 +191,106 @@ def test_every_control_is_reached_by_keyboard(browser: Any, page_path: Path) -> 
     controls = page.locator(handled)
     for number in range(controls.count()):
         assert controls.nth(number).evaluate("node => node.tabIndex") >= 0
+    page.close()
+
+
+def test_odd_text_is_text(browser: Any, page_path: Path) -> None:
+    page = open_page(browser, page_path)
+    for needle, shown in (("שלום", "[U+202E]"), ("xxxxx", "(10,000 characters)"), ("a␀b", "␛[2J")):
+        page.locator("#search").fill(needle)
+        caption = page.locator("#wall .caption").first
+        assert shown in caption.inner_text()
+        assert caption.get_attribute("dir") == "auto"
+    for needle in ("👩‍👩‍👧‍👦", "</script>"):
+        page.locator("#search").fill(needle)
+        assert needle in page.locator("#wall .caption").first.inner_text()
+    page.close()
+
+
+def test_pointing_at_the_map_shows_that_sample(browser: Any, page_path: Path) -> None:
+    page = open_page(browser, page_path)
+    plane = page.locator("#plane")
+    plane.scroll_into_view_if_needed()
+    box = plane.bounding_box()
+    assert box is not None
+    samples, points = page.evaluate("[window.curateReport.samples, window.curateReport.map]")
+    for item, x, y in points[:5]:
+        left, top = (8 + x * 344) / 360 * box["width"], (8 + y * 254) / 270 * box["height"]
+        page.mouse.move(box["x"] + left, box["y"] + top)
+        shown = page.locator("#here")
+        image = shown.locator("img").first
+        assert samples[item]["uid"] in (shown.locator("code.show").text_content() or "")
+        assert image.get_attribute("src") == samples[item]["picture"]
+        image.evaluate("image => image.decode()")
+    before = page.locator("#here code.show").text_content()
+    plane.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#here code.show").text_content() != before
+    page.close()
+
+
+def test_dots_take_the_colour_of_what_is_asked(browser: Any, page_path: Path) -> None:
+    page = open_page(browser, page_path)
+    buttons = page.locator("#colours button")
+    assert buttons.all_inner_texts() == ["verdict", "rarity", "cluster"]
+    seen = set()
+    for number in range(3):
+        buttons.nth(number).click()
+        assert buttons.nth(number).get_attribute("aria-pressed") == "true"
+        fills = "nodes => nodes.map(n => getComputedStyle(n).fill)"
+        seen.add(tuple(page.locator("#plane .dot").evaluate_all(fills)))
+    assert len(seen) == 3
+    page.close()
+
+
+def test_regions_show_their_samples(browser: Any, page_path: Path) -> None:
+    page = open_page(browser, page_path)
+    regions = page.locator("#regions .region")
+    told, shown = page.evaluate(
+        "[window.curateReport.density.regions, window.curateReport.density.shown]"
+    )
+    full = [number for number, items in enumerate(shown) if items][:2]
+    regions.nth(full[0]).click()
+    assert page.locator("#region .card").count() == len(shown[full[0]])
+    heading = page.locator("#region h3").inner_text()
+    assert heading.startswith(f"{told[full[0]][0]} samples, {told[full[0]][1]} dropped")
+    regions.nth(full[1]).focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#region .card").count() == sum(len(shown[number]) for number in full)
+    regions.nth(full[0]).click()
+    assert page.locator("#region .card").count() == len(shown[full[1]])
+    regions.nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    assert regions.nth(6).evaluate("node => node === document.activeElement")
+    page.close()
+
+
+def test_two_runs_side_by_side(browser: Any, page_path: Path) -> None:
+    page = open_page(browser, page_path.parents[1] / "compare/index.html")
+    assert page.title() == "curate: two runs compared"
+    assert page.locator("#wall h3").inner_text() == "Newly dropped"
+    first = page.locator("#wall .card").first
+    assert "the other run: kept" in first.inner_text()
+    first.locator("img").first.evaluate("image => image.decode()")
+    first.locator("summary").click()
+    out = str(page_path.parents[1]).replace("'", "'\\''")
+    assert first.locator("code.show").inner_text().startswith(f"curate show '{out}' ")
+    assert page.locator("#curves svg").count() > 5
+    page.locator("#changes a").first.click()
+    assert page.title() == "curate report"
+    page.close()
+
+
+@pytest.mark.parametrize("place", ["report", "compare"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 400)])
+def test_pictures_of_the_pages_are_left_to_look_at(
+    browser: Any, page_path: Path, screenshots: Path, place: str, scheme: str, width: int
+) -> None:
+    size = {"width": width, "height": 900}
+    path = page_path.parents[1] / place / "index.html"
+    page = open_page(browser, path, color_scheme=scheme, viewport=size)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    target = screenshots / f"{place}-{scheme}-{width}.png"
+    page.screenshot(path=target, full_page=True)
+    assert target.stat().st_size > 20_000
     page.close()

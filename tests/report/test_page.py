@@ -153,6 +153,7 @@ def test_numbers_of_the_funnel() -> None:
 def test_charts_are_well_formed_and_hold_every_count() -> None:
     charts = [Chart("rarity", 0.0, 1.0, [3, 0, 1], [0, 0, 0]), Chart("flat", 1, 1, [1], [2])]
     density = {"column": "memorization_score", "low": -1, "high": 1, "counts": [[0, 2], [9, 0]]}
+    density["regions"] = [[0, 0], [2, 1], [9, 0], [0, 0]]
     overview = Overview((), 10, 4, what_if=((0.78, 4), (0.9, 6)), what_if_bound=True)
     page = render_page(overview, charts, CURVE, density).decode()
     pieces = page.split("<svg ")[1:]
@@ -160,7 +161,7 @@ def test_charts_are_well_formed_and_hold_every_count() -> None:
     for piece in pieces:
         drawing = ET.fromstring("<svg " + piece.partition("</svg>")[0] + "</svg>")
         assert "nan" not in ET.tostring(drawing, "unicode")
-    for told in ("0 to 0.333: 3 kept, 0 dropped", "min_cosine 0.9: 6 kept", "9 samples"):
+    for told in ("0 to 0.333: 3 kept, 0 dropped", "min_cosine 0.9: 6 kept", "9 samples, 0 dropped"):
         assert told in page
     assert "upper bounds" in page
 
@@ -169,7 +170,7 @@ def test_an_empty_run_has_a_page() -> None:
     found = read(render_page(Overview((), 0, 0), [], None, None))
     assert "0 of 0 samples" in found.text
     assert load(render_data({}, {}, (), [], None)) == {
-        "samples": [], "galleries": [], "map": None, "curve": None,
+        "samples": [], "galleries": [], "map": None, "density": None, "curve": None,
     }  # fmt: skip
 
 

@@ -141,6 +141,18 @@ def test_everything_drawn_is_counted_right(tmp_path: Path) -> None:
     assert drawn.density is not None
     assert drawn.density["column"] == "memorization_score"
     assert np.sum(drawn.density["counts"]) == len(table)
+    regions = np.array(drawn.density["regions"])
+    assert regions.sum(axis=0).tolist() == [
+        len(table),
+        sum(not row["keep"] for row in rows.values()),
+    ]
+    low, high = drawn.density["low"], drawn.density["high"]
+    for number, uids in enumerate(drawn.density["shown"]):
+        assert len(uids) == min(regions[number, 0], 6)
+        for one in uids:
+            up = (rows[one]["memorization_score"] - low) / (high - low)
+            assert min(int(rows[one]["rarity"] * 6), 5) == number // 6
+            assert min(int(up * 6), 5) == number % 6
 
 
 def test_galleries_hold_what_they_say(tmp_path: Path) -> None:
