@@ -17,7 +17,11 @@ _log = logging.getLogger(__name__)
 
 
 def join_table(
-    source: Source, rows: list[Row], uid_column: str | None, counts: dict[str, float]
+    source: Source,
+    rows: list[Row],
+    uid_column: str | None,
+    counts: dict[str, float],
+    caption_column: str | None = None,
 ) -> list[Row]:
     """Complete the rows of a tar from the table beside it, joined by key.
 
@@ -30,6 +34,8 @@ def join_table(
     uid_column : str or None
     counts : dict of str to float
         Gets `incomplete_shards` and `unreadable_tables`.
+    caption_column : str, optional
+        Column that holds captions.
 
     Returns
     -------
@@ -38,6 +44,7 @@ def join_table(
         tar has lost.
     """
     records = _read_companion(source, counts)
+    captions = (caption_column,) if caption_column else index.CAPTION_NAMES
     if not records:
         return []
     if not any(name.endswith("_stats.json") for name in source.companions):
@@ -49,10 +56,10 @@ def join_table(
         row.own_uid = row.own_uid or index.find_uid(record, uid_column)
         row.metadata = row.metadata or _record_metadata(record)
         if row.caption is None:
-            row.caption, reason = _record_caption(record)
+            row.caption, reason = index.find_caption(record, captions)
             if row.ingest_reason == "caption_missing":
                 row.ingest_reason = reason
-    return [_lost_row(key, records[key], uid_column) for key in sorted(records)]
+    return [_lost_row(key, records[key], uid_column, captions) for key in sorted(records)]
 
 
 def _read_companion(source: Source, counts: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -78,13 +85,11 @@ def _record_metadata(record: dict[str, Any]) -> str | None:
     return index.encode_metadata(record, ("key", "uid", *index.JSON_CAPTIONS))
 
 
-def _record_caption(record: dict[str, Any]) -> tuple[str | None, str | None]:
-    return index.find_caption(record, index.CAPTION_NAMES)
-
-
-def _lost_row(key: str, record: dict[str, Any], uid_column: str | None) -> Row:
+def _lost_row(
+    key: str, record: dict[str, Any], uid_column: str | None, captions: tuple[str, ...]
+) -> Row:
     """Return the row of a sample that the table has and the tar has not."""
-    caption, _ = _record_caption(record)
+    caption, _ = index.find_caption(record, captions)
     status = record["status"]
     return Row(
         key,
