@@ -5,6 +5,7 @@ from curate.stages.decontaminate import Decontaminate
 from curate.stages.dedup import Dedup
 from curate.stages.embed import Embed
 from curate.stages.ingest import Ingest
+from curate.stages.remove import Remove
 from curate.stages.report import Report
 from curate.stages.score import Score
 from curate.stages.select import Select
@@ -14,5 +15,5 @@ __all__ = ["STAGES"]
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (Ingest, Embed, Decontaminate, Dedup, Score, Select, Write, Report)
+    for stage in (Ingest, Remove, Embed, Decontaminate, Dedup, Score, Select, Write, Report)
 }
