@@ -24,7 +24,7 @@ from curate.stages.outside import (
     sort,
 )
 
-__all__ = ["BYTES_REASON", "REMOVALS", "ByteLists", "Remove"]
+__all__ = ["BYTES_REASON", "REMOVALS", "ByteLists", "RemovalList", "Remove"]
 
 Array = np.ndarray[Any, Any]
 
