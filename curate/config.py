@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -254,7 +254,15 @@ def _without_paths(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     for fields in kept.values():
         for name in ("inputs", "root"):
             fields.pop(name, None)
+        for name in ("lists", "score_tables"):
+            if isinstance(fields.get(name), list):
+                fields[name] = [_by_name(one) for one in fields[name]]
     return kept
+
+
+def _by_name(one: Mapping[str, Any]) -> dict[str, Any]:
+    """Name a file from outside as rules and reasons do, and not by where it lies."""
+    return {**one, "path": PurePosixPath(str(one["path"])).name}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -65,10 +65,13 @@ _ALL = (
     Column("caption", pa.string(), "", "", "the caption as it came, as valid UTF-8 without NUL", "ingest", "both"),
     Column("metadata", pa.string(), "JSON", "", "the source's other fields", "ingest"),
     Column("ingest_reason", pa.string(), "reason code", "", "what was wrong before any pixel was read", "ingest"),
+    Column("removal_list", pa.string(), "", "", "the list of remove.lists that names the sample; null if none", "remove"),
+    Column("removal_reason", pa.string(), "reason code", "", "by what it names it", "remove"),
     Column("width", pa.int32(), "px", "", "width of the original image", "embed", "both"),
     Column("height", pa.int32(), "px", "", "height of the original image", "embed", "both"),
     Column("sha256", pa.string(), "64 hex digits", "", "hash of the image's bytes as stored in the source", "embed", "shards"),
     Column("decode_reason", pa.string(), "reason code", "", "why no pixels could be had", "embed"),
+    Column("byte_list", pa.string(), "", "", "the list of remove.lists that holds the hash of the image's bytes; null if none", "embed"),
     Column("image_emb", None, "unit norm", "", "image vector, float16", "embed"),
     Column("text_emb", None, "unit norm", "", "caption vector, float16", "embed"),
     Column("clip_score", pa.float32(), "[-1, 1]", "higher: better match", "cosine of image_emb and text_emb; null if the two towers share no space", "embed", "both"),
@@ -102,6 +105,7 @@ _ALL = (
     Column("keep", pa.bool_(), "", "", "whether the sample is in shards/", "select", "decisions"),
     Column("reason", pa.string(), "reason code", "", "first rule that the sample failed; null if kept", "select", "decisions"),
     Column("failed_rules", pa.list_(pa.string()), "reason codes", "", "every rule that the sample failed", "select", "decisions"),
+    Column("removed_by", pa.string(), "", "", "the list of remove.lists that the sample is on; null if none", "select", "decisions"),
     Column("weight", pa.float32(), ">= 0", "higher: train on it more", "sampling weight; 0 if dropped, mean 1 over the kept", "select", "both"),
     Column("representative_uid", pa.string(), "32 hex digits", "", "the kept sample that a dropped duplicate reaches", "select", "decisions"),
     Column("representative_cosine", pa.float32(), "[-1, 1]", "", "cosine of image_emb to the representative; 1 for equal bytes", "select", "decisions"),
@@ -115,6 +119,9 @@ COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 #: Reason code -> meaning, in the order in which rules are tried: a sample's `reason` is the first
 #: that it failed.
 REASONS: dict[str, str] = {
+    "removed_by_uid": "a list of remove.lists holds its uid",
+    "removed_by_url": "a list of remove.lists holds its URL",
+    "removed_by_hash": "a list of remove.lists holds the hash of the downloaded file, or of the image's bytes",
     "image_missing": "the key or row has no image",
     "image_empty": "the image has zero bytes",
     "caption_missing": "the key or row has no caption, or it is empty or blank",

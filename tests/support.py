@@ -18,6 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curate import storage
+from curate.config import load_pipeline
+from curate.engine.runner import BoundStage, bind
 from curate.schema import REASONS, public_columns, select_schema
 
 SAMPLE = Path(str(resources.files("curate"))) / "sample"
@@ -228,3 +231,24 @@ def table_differences(one: Path, other: Path) -> list[str]:
     """Return the names of Parquet files in both outputs that hold different tables."""
     names = sorted(name for name in list_tree(one) if name.endswith(".parquet"))
     return [n for n in names if not pq.read_table(one / n).equals(pq.read_table(other / n))]
+
+
+def carry_out(
+    source: Path | str, out: Path, name: str = "dedup", **fields: Any
+) -> list[BoundStage]:
+    """Run a shipped pipeline in this process; fields are `stage__field`."""
+    settings = [(*key.split("__"), value) for key, value in fields.items()]
+    inputs = ("ingest", "inputs", (str(source),))
+    stages = bind(load_pipeline(name, [inputs, *settings]), str(out))
+    for bound in stages:
+        for step in bound.stage.steps():
+            for task in step.tasks(bound.room):
+                step.run(bound.room, task)
+    return stages
+
+
+def decisions_of(stages: list[BoundStage]) -> list[dict[str, Any]]:
+    (bound,) = (bound for bound in stages if bound.stage.name == "select")
+    shards = bound.room.shards()
+    tables = [storage.read_table(bound.room.shard_path("select", shard)) for shard in shards]
+    return pa.concat_tables(tables).to_pylist()

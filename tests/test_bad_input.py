@@ -1,6 +1,7 @@
 """Every kind of bad input ends in a reason code or in one clear line; nothing is lost silently."""
 
 import io
+import json
 import os
 import resource
 import shutil
@@ -18,13 +19,18 @@ from click.testing import CliRunner
 from PIL import Image
 
 from curate.cli import main
+from curate.errors import InputError
+from curate.formats import FORMATS
+from tests.formats.vectors import datacomp_uids, draw_vectors, write_datacomp
 from tests.support import (
     TIMEOUT_SECONDS,
     Members,
     assert_sound,
+    carry_out,
     clean_pairs,
     command,
     curate,
+    decisions_of,
     list_tree,
     only_error,
     pair,
@@ -468,3 +474,52 @@ def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
         assert process.poll() is None, "the run ended early"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("named", [name for name in FORMATS if name != "webdataset"])
+def test_tars_named_as_any_other_layout(tmp_path: Path, named: str) -> None:
+    write_tar(tmp_path / "in" / "0.tar", pair("a", b"image", b"caption"))
+    arguments = ("run", "dedup", "--input", tmp_path / "in", "--output", tmp_path / "out")
+    line = refuse(*arguments, "--set", f"ingest.format={named}")
+    assert f"(ingest.format {named}); found 1 .tar. Leave ingest.format at auto." in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("parquet", "must have a column of image bytes"),
+        ("folder", "must have a column that names images"),
+        ("clip_retrieval", "found 1 .parquet"),
+        ("arrow", "found 1 .parquet"),
+    ],
+)
+def test_a_pool_named_as_another_layout(tmp_path: Path, named: str, said: str) -> None:
+    vectors = draw_vectors(3)
+    write_datacomp(tmp_path / "in", "0", datacomp_uids(3), l14_img=vectors, l14_txt=vectors)
+    (tmp_path / "in/0.npz").unlink()
+    with pytest.raises(InputError, match=said) as error:
+        carry_out(tmp_path / "in", tmp_path / "out", ingest__format=named)
+    assert "\n" not in str(error.value)
+    if named == "parquet":
+        assert "got uid, url, text, original_width" in str(error.value)
+
+
+def test_a_pool_with_a_row_less(tmp_path: Path) -> None:
+    write_datacomp(tmp_path / "in", "0", datacomp_uids(3), l14_img=draw_vectors(2))
+    with pytest.raises(InputError, match=r"0\.npz: l14_img has 2, its metadata 3") as error:
+        carry_out(tmp_path / "in", tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_two_samples_of_one_uid(tmp_path: Path) -> None:
+    """The second is a row of its own, and its metadata says what it claimed to be."""
+    write_datacomp(tmp_path / "in", "0", [*datacomp_uids(3), *datacomp_uids(2)],
+                   l14_img=draw_vectors(5))  # fmt: skip
+    stages = carry_out(tmp_path / "in", tmp_path / "out")
+    rows = decisions_of(stages)
+    assert [row["reason"] for row in rows] == [None] * 3 + ["duplicate_uid"] * 2
+    assert len({row["uid"] for row in rows}) == 5
+    room = stages[-1].room
+    fields = room.read(room.shards()[0], ["metadata"])["metadata"].to_pylist()
+    assert [json.loads(text).get("uid") for text in fields] == [None] * 3 + datacomp_uids(2)

@@ -112,8 +112,8 @@ def test_a_folder_of_a_shipped_name_does_not_hide_the_pipeline(
     (tmp_path / "dedup").mkdir()
     assert [stage.name for stage in load_pipeline("dedup").stages][:3] == [
         "ingest",
+        "remove",
         "embed",
-        "decontaminate",
     ]
 
 

@@ -14,13 +14,15 @@ import pytest
 
 from curate import storage
 from curate.config import load_pipeline
-from curate.engine.runner import BoundStage, bind
+from curate.engine.runner import bind
 from curate.errors import InputError
 from curate.schema import public_columns, select_schema
 from tests.formats.vectors import datacomp_uids, draw_vectors, write_datacomp, write_part
 from tests.support import (
     TIMEOUT_SECONDS,
+    carry_out,
     curate,
+    decisions_of,
     only_error,
     read_decisions,
     read_report,
@@ -144,7 +146,7 @@ import sys
 from curate.config import load_pipeline
 from curate.engine.runner import bind
 settings = [("ingest", "inputs", (sys.argv[1],))]
-for bound in bind(load_pipeline("default", settings), sys.argv[2])[:2]:
+for bound in bind(load_pipeline("default", settings), sys.argv[2])[:3]:
     for step in bound.stage.steps():
         for task in step.tasks(bound.room):
             step.run(bound.room, task)
@@ -163,25 +165,6 @@ def test_no_encoder_is_loaded(folder: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
-
-
-def carry_out(source: Path, out: Path, name: str = "dedup", **fields: Any) -> list[BoundStage]:
-    """Run a shipped pipeline in this process; fields are `stage__field`."""
-    settings = [(*key.split("__"), value) for key, value in fields.items()]
-    inputs = ("ingest", "inputs", (str(source),))
-    stages = bind(load_pipeline(name, [inputs, *settings]), str(out))
-    for bound in stages:
-        for step in bound.stage.steps():
-            for task in step.tasks(bound.room):
-                step.run(bound.room, task)
-    return stages
-
-
-def decisions_of(stages: list[BoundStage]) -> list[dict[str, Any]]:
-    (bound,) = (bound for bound in stages if bound.stage.name == "select")
-    shards = bound.room.shards()
-    tables = [storage.read_table(bound.room.shard_path("select", shard)) for shard in shards]
-    return pa.concat_tables(tables).to_pylist()
 
 
 def test_what_identifies_the_input(folder: Path, tmp_path: Path) -> None:
@@ -271,7 +254,7 @@ def test_datacomp_by_choice(tmp_path: Path) -> None:
         assert [row["uid"] for row in rows] == uids
         # Later rows are larger.
         assert [i for i, row in enumerate(rows) if not row["keep"]] == [twin - 1]
-        embed = stages[1]
+        embed = next(one for one in stages if one.stage.name == "embed")
         prints.add(embed.fingerprints["embed.vectors"])
         assert embed.stage.facts(embed.room)["vectors"]["shared_space"] == shared
         room = stages[-1].room

@@ -120,7 +120,7 @@ def list_samples(inputs: Sequence[str], where: str, dataset: str = "") -> Panel:
         )
     parts = []
     for source in sources:
-        table = assign_uids(formats.FORMATS[source.kind].scan(source, None).table, dataset)
+        table = assign_uids(formats.FORMATS[source.kind].scan(source, None, None).table, dataset)
         usable = pa.compute.is_null(table["ingest_reason"])
         parts.append(table.filter(usable).select(_COLUMNS))
     index = pa.concat_tables(parts).combine_chunks()

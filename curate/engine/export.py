@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curate import storage
@@ -43,7 +44,7 @@ _OF_IMAGES = ("webdataset", "groups", "mds", "hf")
 
 #: The file that marks a folder as an export, and where it keeps what it no longer needs at the end.
 _MARK, _STATE = "export.json", ".export"
-_VERSION = 1
+_VERSION = 2
 
 _FILE_SAMPLES = 10_000
 #: What a file should hold at most where nothing else is asked for: a worker holds as much.
@@ -257,8 +258,15 @@ def _plan(request: Request, run: dict[str, Any]) -> None:
         ],
         "groups": [asdict(group) for group in cut.groups],
         "weight_error": cut.error,
+        "captions": max(map(_most_captions, map(request.shard, names))),
     }
     storage.commit_json(request.state("layout.json"), layout)
+
+
+def _most_captions(url: str) -> int:
+    """Return how many captions a sample of a shard has at most."""
+    captions = storage.read_table(url, ["captions"])["captions"]
+    return int(pc.max(pc.list_value_length(captions)).as_py() or 1)
 
 
 def _choose_samples(request: Request, total: int, size_bytes: int) -> int:
@@ -372,7 +380,8 @@ def _gather(request: Request, task: str) -> dict[str, Any]:
         )
     for row in found:
         _check_image(request, row)
-    parts = _WRITE[request.layout](storage.join(request.target, wanted["name"]), found)
+    url = storage.join(request.target, wanted["name"])
+    parts = _WRITE[request.layout](url, found, layout["captions"])
     kinds = [webdataset.to_sample(row).suffix for row in found]
     return {
         "samples": len(found),
@@ -394,13 +403,13 @@ def _check_image(request: Request, row: dict[str, Any]) -> None:
 _Parts = list[dict[str, Any]]
 
 
-def _write_tar(url: str, rows: list[dict[str, Any]]) -> _Parts:
+def _write_tar(url: str, rows: list[dict[str, Any]], captions: int) -> _Parts:
     with storage.commit(url) as path:
-        webdataset.write(path, map(webdataset.to_sample, rows))
+        webdataset.write(path, (webdataset.to_sample(row, captions) for row in rows))
     return []
 
 
-def _write_mds(url: str, rows: list[dict[str, Any]]) -> _Parts:
+def _write_mds(url: str, rows: list[dict[str, Any]], captions: int) -> _Parts:
     parts = []
     for number, run in enumerate(mds.split(map(mds.encode_sample, rows))):
         name = f"{url}.{number:03d}.mds"
@@ -410,7 +419,7 @@ def _write_mds(url: str, rows: list[dict[str, Any]]) -> _Parts:
     return parts
 
 
-def _write_parquet(url: str, rows: list[dict[str, Any]]) -> _Parts:
+def _write_parquet(url: str, rows: list[dict[str, Any]], captions: int) -> _Parts:
     schema = select_schema(public_columns("shards"))
     with storage.commit_batches(url, huggingface.SCHEMA, huggingface.METADATA) as append:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -419,7 +428,8 @@ def _write_parquet(url: str, rows: list[dict[str, Any]]) -> _Parts:
     return []
 
 
-_WRITE: dict[str, Callable[[str, list[dict[str, Any]]], _Parts]] = {
+#: `_WRITE[layout](url, rows, most captions of a sample)`.
+_WRITE: dict[str, Callable[[str, list[dict[str, Any]], int], _Parts]] = {
     "webdataset": _write_tar,
     "groups": _write_tar,
     "mds": _write_mds,
@@ -439,7 +449,7 @@ def _finish(request: Request, run: dict[str, Any], layout: dict[str, Any]) -> di
         sizes = {file["name"]: file["samples"] for file in files}
         storage.commit_json(storage.join(request.target, webdataset.SIZES), sizes)
     if request.layout == "groups":
-        commit("TRAINING.md", groups.describe_tars(found, error, where, uncommon))
+        commit("TRAINING.md", _describe_tars(layout, found, where, uncommon))
     if request.layout == "mds":
         _commit_indexes(request, files, results)
         commit("TRAINING.md", groups.describe_mds(found, error, where))
@@ -454,6 +464,13 @@ def _finish(request: Request, run: dict[str, Any], layout: dict[str, Any]) -> di
     if request.layout in _GROUPED:
         facts.update(groups=layout["groups"], weight_error=error)
     return facts
+
+
+def _describe_tars(
+    layout: dict[str, Any], found: list[groups.Group], where: str, uncommon: int
+) -> str:
+    fields = webdataset.caption_fields(layout["captions"])
+    return groups.describe_tars(found, layout["weight_error"], where, uncommon, fields)
 
 
 def _commit_indexes(request: Request, files: _Parts, results: _Parts) -> None:

@@ -157,6 +157,9 @@ def _round(row: dict[str, Any], name: str, step: Callable[[float], int]) -> str:
 
 
 _OTHERWISE = {
+    "removed_by_uid": "another list of remove.lists",
+    "removed_by_url": "another list of remove.lists",
+    "removed_by_hash": "another list of remove.lists",
     "caption_language": "another list of select.languages, or a higher "
     "select.min_language_probability",
     "too_many_pixels": "a larger embed.max_pixels",

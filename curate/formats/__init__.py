@@ -11,6 +11,7 @@ import pyarrow as pa
 from curate import storage
 from curate.errors import InputError, SourceChangedError
 from curate.formats import (
+    arrow,
     clip_retrieval,
     datacomp,
     folder,
@@ -50,7 +51,7 @@ class Format:
     group : callable
         `group(files)` returns the sources that the files make up.
     scan : callable
-        `scan(source, uid_column)` indexes one.
+        `scan(source, uid_column, caption_column)` indexes one.
     read_images : callable
         `read_images(source, rows)` yields the bytes of the rows' images.
     open_vectors : callable or None
@@ -59,7 +60,7 @@ class Format:
 
     accepts: str
     group: Callable[[list[File]], list[Source]]
-    scan: Callable[[Source, str | None], Scan]
+    scan: Callable[[Source, str | None, str | None], Scan]
     read_images: Callable[[Source, pa.Table], Iterator[bytes | None]]
     open_vectors: Callable[[Source, str | None], Pair] | None = None
 
@@ -70,6 +71,12 @@ FORMATS = {
     ),
     "parquet": Format(
         ".parquet files with image bytes", parquet.group, parquet.scan, parquet.read_images
+    ),
+    "arrow": Format(
+        "folders of datasets.save_to_disk (data-*.arrow)",
+        arrow.group,
+        arrow.scan,
+        arrow.read_images,
     ),
     "folder": Format(
         "images with .txt or .json files beside them, or a .csv, .tsv, .jsonl or .parquet table "
@@ -161,6 +168,8 @@ def _image_layouts(named: list[str]) -> Iterator[str]:
         yield "webdataset"
     if alone and not (has_images and not tars):
         yield "parquet"
+    if any(split_suffix(name)[1] == "arrow" for name in named):
+        yield "arrow"
     if has_images or any(suffixes[suffix] for suffix in _TABLES):
         yield "folder"
 
@@ -255,7 +264,7 @@ def read_images(root: str, rows: pa.Table) -> Iterator[bytes | None]:
         If a source is gone or no longer holds what was indexed.
     """
     for name, part in _by_source(rows):
-        kind = _kind(part)
+        kind = _kind(name, part)
         if kind is None:
             yield from (None for _ in range(len(part)))
         else:
@@ -274,8 +283,10 @@ def _by_source(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
         start = stop
 
 
-def _kind(rows: pa.Table) -> str | None:
+def _kind(name: str, rows: pa.Table) -> str | None:
     """Tell a source's layout from the columns that say where its images are."""
+    if name.endswith(".arrow"):
+        return "arrow"
     columns = {"offset": "webdataset", "row_group": "parquet", "member": "folder"}
     return next((k for c, k in columns.items() if rows[c].null_count < len(rows)), None)
 

@@ -81,21 +81,23 @@ def _beside(source: Source, folder: str, suffix: str) -> tuple[str, str]:
     return storage.join(parent(parent(source.url)), name), name
 
 
-def scan(source: Source, uid_column: str | None = None) -> Scan:
+def scan(source: Source, uid_column: str | None = None, caption_column: str | None = None) -> Scan:
     """Index one part by its metadata.
 
     Parameters
     ----------
     source : Source
-    uid_column : str, optional
-        Column that identifies a sample.
+    uid_column, caption_column : str, optional
+        Columns that identify a sample, and that hold its caption.
 
     Raises
     ------
     InputError
         If the metadata cannot be read.
     """
-    rows = read_rows(*_beside(source, "metadata", "parquet"), uid_column, _KEY_NAMES)
+    rows = read_rows(
+        *_beside(source, "metadata", "parquet"), uid_column, _KEY_NAMES, caption_column
+    )
     return Scan(index.to_table(rows, source.name))
 
 

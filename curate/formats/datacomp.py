@@ -87,21 +87,21 @@ def group(files: list[File]) -> list[Source]:
     return sources
 
 
-def scan(source: Source, uid_column: str | None = None) -> Scan:
+def scan(source: Source, uid_column: str | None = None, caption_column: str | None = None) -> Scan:
     """Index one Parquet file.
 
     Parameters
     ----------
     source : Source
-    uid_column : str, optional
-        Column that identifies a sample.
+    uid_column, caption_column : str, optional
+        Columns that identify a sample, and that hold its caption.
 
     Raises
     ------
     InputError
         If it cannot be read.
     """
-    rows = read_rows(source.url, source.name, uid_column, (*index.KEY_NAMES, "uid"))
+    rows = read_rows(source.url, source.name, uid_column, (*index.KEY_NAMES, "uid"), caption_column)
     return Scan(index.to_table(rows, source.name))
 
 

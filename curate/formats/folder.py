@@ -179,14 +179,14 @@ def _csv_records(text: io.TextIOWrapper, suffix: str) -> Iterator[dict[str, Any]
             yield dict(itertools.zip_longest(names, fields[: len(names)]))
 
 
-def scan(source: Source, uid_column: str | None = None) -> Scan:
+def scan(source: Source, uid_column: str | None = None, caption_column: str | None = None) -> Scan:
     """Index one table, or one directory of images.
 
     Parameters
     ----------
     source : Source
-    uid_column : str, optional
-        Column or JSON field that identifies a sample.
+    uid_column, caption_column : str, optional
+        Columns or JSON fields that identify a sample, and that hold its caption.
 
     Returns
     -------
@@ -195,15 +195,17 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
     """
     counts: dict[str, float] = {}
     if source.name.endswith("/"):
-        rows = _scan_directory(source, uid_column)
+        rows = _scan_directory(source, uid_column, caption_column)
         index.number_repeats(rows)
         rows.extend(join_table(source, rows, uid_column, counts))
     else:
-        rows = _scan_table(source, uid_column)
+        rows = _scan_table(source, uid_column, caption_column)
     return Scan(index.to_table(rows, source.name), counts)
 
 
-def _scan_directory(source: Source, uid_column: str | None) -> list[Row]:
+def _scan_directory(
+    source: Source, uid_column: str | None, caption_column: str | None
+) -> list[Row]:
     files = list_folder(source.url)
     # img2dataset's table names samples by keys, which its files have as stems.
     own = ("key",) if source.companions else ()
@@ -215,9 +217,11 @@ def _scan_directory(source: Source, uid_column: str | None) -> list[Row]:
             continue
         text, fields = files.get(f"{stem}.txt"), _read_fields(files.get(f"{stem}.json"))
         used.add(f"{stem}.txt")
-        caption, reason = (
-            _read_caption(text) if text else index.find_caption(fields, index.JSON_CAPTIONS)
-        )
+        if text is not None and caption_column is None:
+            caption, reason = _read_caption(text)
+        else:
+            names = (caption_column,) if caption_column else index.JSON_CAPTIONS
+            caption, reason = index.find_caption(fields, names)
         row = Row(
             index.clean_text(stem if source.companions else name),
             caption=caption,
@@ -258,7 +262,7 @@ def _read_fields(file: File | None) -> dict[str, Any]:
         return index.parse_json(opened.read()) or {}
 
 
-def _scan_table(source: Source, uid_column: str | None) -> list[Row]:
+def _scan_table(source: Source, uid_column: str | None, caption_column: str | None) -> list[Row]:
     column = _path_column(source.url)
     folder = parent(source.url)
     named = {member for member in map(_clean_member, _paths(source.url)) if member}
@@ -266,8 +270,8 @@ def _scan_table(source: Source, uid_column: str | None) -> list[Row]:
     rows: list[Row] = []
     for number, fields in enumerate(read_records(source.url)):
         path = fields.get(column) if column else None
-        name = index.find_name(fields, index.CAPTION_NAMES)
-        raw = fields[name] if name else None
+        name = caption_column or index.find_name(fields, index.CAPTION_NAMES)
+        raw = fields.get(name) if name else None
         caption, reason = index.clean_caption(raw if isinstance(raw, str) else None)
         key = index.find_name(fields, index.KEY_NAMES)
         shown = (fields[key] if key else path) or number

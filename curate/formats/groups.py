@@ -153,7 +153,9 @@ def _share(groups: list[Group]) -> list[float]:
     return [part / sum(mass) for part in mass]
 
 
-def describe_tars(groups: list[Group], error: float, folder: str, skipped: int) -> str:
+def describe_tars(
+    groups: list[Group], error: float, folder: str, skipped: int, captions: list[str]
+) -> str:
     """Return `TRAINING.md` of tars: how open_clip and webdataset train on them with weights.
 
     Parameters
@@ -162,6 +164,8 @@ def describe_tars(groups: list[Group], error: float, folder: str, skipped: int) 
         Where the tars lie.
     skipped : int
         Images of kinds that open_clip does not read.
+    captions : list of str
+        JSON fields that hold captions.
     """
     urls = [f"group{n}-{{00000..{g.shards - 1:05d}}}.tar" for n, g in enumerate(groups)]
     data = "::".join(f"$DATA/{url}" for url in urls)
@@ -181,6 +185,7 @@ def describe_tars(groups: list[Group], error: float, folder: str, skipped: int) 
         f'  --train-data "{data}" \\',
         f"  --train-data-upsampling-factors '{factors}' --dataset-resampled \\",
         "  --batch-size 256 --workers 4 --epochs 32", "```", "",
+        *(_describe_captions(captions) if len(captions) > 1 else []),
         "## webdataset", "",
         "```python", "import webdataset as wds", "",
         f"DATA = {json.dumps(folder, ensure_ascii=False)}", "groups = [",
@@ -193,6 +198,16 @@ def describe_tars(groups: list[Group], error: float, folder: str, skipped: int) 
         "`curate export --to mds` writes the same groups for MosaicML's streaming.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _describe_captions(fields: list[str]) -> list[str]:
+    keys, shares = ";".join(fields), " ".join("1" for _ in fields)
+    return [
+        f"Some samples have up to {len(fields)} captions: their own, and those of dropped copies. "
+        "The command above trains on the first. Versions of open_clip whose `--help` names "
+        "`--json-text-key-probs` (3.3.0 does not) draw one each time a sample is seen, with", "",
+        "```", f"  --json-text-key '{keys}' --json-text-key-probs {shares}", "```", "",
+    ]  # fmt: skip
 
 
 def describe_mds(groups: list[Group], error: float, folder: str) -> str:

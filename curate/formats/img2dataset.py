@@ -126,7 +126,11 @@ def check_stats(source: Source, images: int, rows: int | None, counts: dict[str,
 
 
 def join_table(
-    source: Source, rows: list[Row], uid_column: str | None, counts: dict[str, float]
+    source: Source,
+    rows: list[Row],
+    uid_column: str | None,
+    counts: dict[str, float],
+    caption_column: str | None = None,
 ) -> list[Row]:
     """Complete the rows of a shard from the table beside it, joined by key.
 
@@ -139,6 +143,8 @@ def join_table(
     uid_column : str or None
     counts : dict of str to float
         Gets `incomplete_shards`, `unreadable_tables` and `stats_disagree`.
+    caption_column : str, optional
+        Column that holds captions.
 
     Returns
     -------
@@ -149,6 +155,8 @@ def join_table(
     images = sum(row.size_bytes is not None for row in rows)
     records = _read_companion(source, counts)
     check_stats(source, images, len(records) if records else None, counts)
+
+    captions = (caption_column,) if caption_column else index.CAPTION_NAMES
     if not records:
         return []
     if not any(name.endswith(STATS) for name in source.companions):
@@ -160,10 +168,10 @@ def join_table(
         row.own_uid = row.own_uid or index.find_uid(record, uid_column)
         row.metadata = row.metadata or _record_metadata(record)
         if row.caption is None:
-            row.caption, reason = _record_caption(record)
+            row.caption, reason = index.find_caption(record, captions)
             if row.ingest_reason == "caption_missing":
                 row.ingest_reason = reason
-    return [_lost_row(key, records[key], uid_column) for key in sorted(records)]
+    return [_lost_row(key, records[key], uid_column, captions) for key in sorted(records)]
 
 
 def _read_companion(source: Source, counts: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -189,13 +197,11 @@ def _record_metadata(record: dict[str, Any]) -> str | None:
     return index.encode_metadata(record, ("key", "uid", *index.JSON_CAPTIONS))
 
 
-def _record_caption(record: dict[str, Any]) -> tuple[str | None, str | None]:
-    return index.find_caption(record, index.CAPTION_NAMES)
-
-
-def _lost_row(key: str, record: dict[str, Any], uid_column: str | None) -> Row:
+def _lost_row(
+    key: str, record: dict[str, Any], uid_column: str | None, captions: tuple[str, ...]
+) -> Row:
     """Return the row of a sample that the table has and the tar has not."""
-    caption, _ = _record_caption(record)
+    caption, _ = index.find_caption(record, captions)
     return Row(
         key,
         caption=caption,

@@ -42,7 +42,9 @@ __all__ = [
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 #: Images that we know by name but cannot decode: they become rows so that embed can say so.
 OTHER_IMAGE_SUFFIXES = ("avif", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg")
-CAPTION_NAMES = ("caption", "text", "txt", "TEXT", "title")
+CAPTION_NAMES = (
+    "caption", "text", "txt", "TEXT", "title", "captions", "sentences", "alt_text", "description",
+)  # fmt: skip
 JSON_CAPTIONS = ("caption", "text", "TEXT")
 KEY_NAMES = ("key", "__key__", "id")
 MAX_CAPTION_BYTES = 16 << 20

@@ -17,7 +17,7 @@ def group(files: list[File]) -> list[Source]:
     ]
 
 
-def scan(source: Source, uid_column: str | None = None) -> Scan:
+def scan(source: Source, uid_column: str | None = None, caption_column: str | None = None) -> Scan:
     """Index one file: a sample's key is the number of its row, and it has no caption.
 
     Raises

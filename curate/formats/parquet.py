@@ -1,6 +1,7 @@
 """Parquet files that hold image bytes: img2dataset's, Hugging Face's and our own shards."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,25 @@ from curate.formats.sources import File, Source, check_name, open_binary, split_
 
 __all__ = [
     "PATH_NAMES",
+    "Roles",
+    "count_elsewhere",
     "find_path_column",
+    "find_roles",
     "group",
     "holds_images",
+    "is_plain",
+    "make_row",
     "names_images",
+    "note_elsewhere",
+    "note_image",
+    "pick_images",
     "read_fields",
     "read_images",
     "read_rows",
     "scan",
 ]
+
+_log = logging.getLogger(__name__)
 
 #: Columns that name an image file beside the table.
 PATH_NAMES = ("filepath", "file_name", "image_path", "path", "image")
@@ -35,8 +46,16 @@ _BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
-class _Roles:
-    """Which column is what; None where there is none."""
+class Roles:
+    """Which column is what; None where there is none.
+
+    Parameters
+    ----------
+    image : str
+    is_struct : bool
+        Whether it is a struct with `bytes`, as Hugging Face's, or bytes alone.
+    caption, key : str or None
+    """
 
     image: str
     is_struct: bool
@@ -118,18 +137,48 @@ def _has_bytes(kind: pa.DataType) -> bool:
     return i >= 0 and (_is_bytes(kind.field(i).type) or pa.types.is_null(kind.field(i).type))
 
 
+def _image_features(schema: pa.Schema) -> list[str]:
+    """Return the columns that Hugging Face's metadata calls images."""
+    known = index.parse_json((schema.metadata or {}).get(b"huggingface", b"")) or {}
+    info = known.get("info")
+    features = info.get("features") if isinstance(info, dict) else None
+    named = features.items() if isinstance(features, dict) else ()
+    return [n for n, f in named if isinstance(f, dict) and f.get("_type") == "Image"]
+
+
 def _find_image(schema: pa.Schema) -> tuple[str, bool] | None:
     """Return name and is-struct of the column with image bytes."""
     flat = [field.name for field in schema if _is_bytes(field.type)]
     structs = [field.name for field in schema if _has_bytes(field.type)]
+    # A struct of bytes and a path may hold sound as well.
+    told = [name for name in _image_features(schema) if name in structs]
+    structs = told or structs
     name = index.find_name([*flat, *structs], _IMAGE_NAMES)
     if name is None and len(structs) == 1:
         name = structs[0]
     return None if name is None else (name, name in structs)
 
 
-def _find_roles(schema: pa.Schema, name: str) -> _Roles:
+def find_roles(
+    schema: pa.Schema, name: str, uid_column: str | None = None, caption_column: str | None = None
+) -> Roles:
+    """Tell which column is what.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+    name : str
+        Of the file, for the error.
+    uid_column, caption_column : str, optional
+        What the user says.
+
+    Raises
+    ------
+    InputError
+        If there are no images, or there is no column of that name.
+    """
     image = _find_image(schema)
+    _check_columns(name, schema, uid_column, caption_column)
     if image is None:
         raise InputError(
             f"{name}: must have a column of image bytes ({', '.join(_IMAGE_NAMES)} or a struct "
@@ -138,18 +187,18 @@ def _find_roles(schema: pa.Schema, name: str) -> _Roles:
         )
     others = [field.name for field in schema if field.name != image[0]]
     captions = [n for n in others if _is_text(schema.field(n).type) or n in index.CAPTION_NAMES]
-    caption = index.find_name(captions, index.CAPTION_NAMES)
-    return _Roles(*image, caption, index.find_name(others, index.KEY_NAMES))
+    caption = caption_column or index.find_name(captions, index.CAPTION_NAMES)
+    return Roles(*image, caption, index.find_name(others, index.KEY_NAMES))
 
 
-def scan(source: Source, uid_column: str | None = None) -> Scan:
+def scan(source: Source, uid_column: str | None = None, caption_column: str | None = None) -> Scan:
     """Index a Parquet file; its images are read only where its statistics leave open if all exist.
 
     Parameters
     ----------
     source : Source
-    uid_column : str, optional
-        Column that identifies a sample.
+    uid_column, caption_column : str, optional
+        Columns that identify a sample, and that hold its caption.
 
     Returns
     -------
@@ -163,19 +212,22 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
         If it is gone.
     """
     rows: list[Row] = []
+    elsewhere = 0
     with _opened(source.url, source.name) as parquet:
         schema = parquet.schema_arrow
-        roles = _find_roles(schema, source.name)
-        _check_uid_column(source.name, schema, uid_column)
-        columns = [f.name for f in schema if _is_plain(f.type) and f.name != roles.image]
+        roles = find_roles(schema, source.name, uid_column, caption_column)
+        columns = [f.name for f in schema if is_plain(f.type) and f.name != roles.image]
         try:
             for number in range(parquet.num_row_groups):
                 sizes = _sizes(parquet, number, roles)
+                if roles.is_struct and sizes is not None and None in sizes:
+                    column = parquet.read_row_group(number, [roles.image])[roles.image]
+                    elsewhere += count_elsewhere(column)
                 table = parquet.read_row_group(number, columns)
                 for i, fields in enumerate(read_fields(table) or [{}] * table.num_rows):
-                    row = _row(fields, len(rows), roles, uid_column)
+                    row = make_row(fields, len(rows), roles, uid_column)
                     row.row_group, row.row = number, i
-                    _note_image(row, sizes[i] if sizes is not None else None, sizes is not None)
+                    note_image(row, sizes[i] if sizes is not None else None, sizes is not None)
                     rows.append(row)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
@@ -183,13 +235,39 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
                 f"{_first_line(error)}. Remove it or copy it again."
             ) from error
     index.number_repeats(rows)
-    counts: dict[str, float] = {}
+    counts = note_elsewhere(source, elsewhere)
     images = sum(row.ingest_reason not in (*NO_IMAGE, "image_missing") for row in rows)
     check_stats(source, images, len(rows), counts)
     return Scan(index.to_table(rows, source.name), counts)
 
 
-def read_rows(url: str, name: str, uid_column: str | None, key_names: tuple[str, ...]) -> list[Row]:
+def note_elsewhere(source: Source, count: int) -> dict[str, float]:
+    """Warn of images of which a source has but the path, which is not followed; return counts."""
+    if not count:
+        return {}
+    _log.warning(
+        "%s: %d images are named by path and not stored: image_missing. Save it with their bytes.",
+        source.name,
+        count,
+    )
+    return {"images_elsewhere": count}
+
+
+def count_elsewhere(column: pa.Array | pa.ChunkedArray) -> int:
+    """Count the images of a struct column that have a path and no bytes."""
+    if column.type.get_field_index("path") < 0:
+        return 0
+    lacks = pc.is_null(pc.struct_field(column, "bytes"))
+    return int(pc.sum(pc.and_(lacks, pc.is_valid(pc.struct_field(column, "path")))).as_py() or 0)
+
+
+def read_rows(
+    url: str,
+    name: str,
+    uid_column: str | None,
+    key_names: tuple[str, ...],
+    caption_column: str | None = None,
+) -> list[Row]:
     """Index a table of samples whose vectors lie elsewhere, at the same row.
 
     A caption counts as missing only where the table has a column of them, and keys may repeat: a
@@ -203,6 +281,8 @@ def read_rows(url: str, name: str, uid_column: str | None, key_names: tuple[str,
         Column that identifies a sample.
     key_names : tuple of str
         Columns that may name a sample, best first.
+    caption_column : str, optional
+        Column that holds captions.
 
     Raises
     ------
@@ -214,16 +294,16 @@ def read_rows(url: str, name: str, uid_column: str | None, key_names: tuple[str,
     rows: list[Row] = []
     with _opened(url, name) as parquet:
         schema = parquet.schema_arrow
-        _check_uid_column(name, schema, uid_column)
-        columns = [field.name for field in schema if _is_plain(field.type)]
+        _check_columns(name, schema, uid_column, caption_column)
+        columns = [field.name for field in schema if is_plain(field.type)]
         texts = [one for one in columns if _is_text(schema.field(one).type)]
-        caption = index.find_name(texts, index.CAPTION_NAMES)
-        roles = _Roles("", False, caption, index.find_name(columns, key_names))
+        caption = caption_column or index.find_name(texts, index.CAPTION_NAMES)
+        roles = Roles("", False, caption, index.find_name(columns, key_names))
         try:
             for number in range(parquet.num_row_groups):
                 table = parquet.read_row_group(number, columns)
                 for fields in read_fields(table) or [{}] * table.num_rows:
-                    row = _row(fields, len(rows), roles, uid_column)
+                    row = make_row(fields, len(rows), roles, uid_column)
                     if caption is None and row.ingest_reason == "caption_missing":
                         row.ingest_reason = None
                     row.row = len(rows)
@@ -237,15 +317,19 @@ def read_rows(url: str, name: str, uid_column: str | None, key_names: tuple[str,
     return rows
 
 
-def _check_uid_column(name: str, schema: pa.Schema, uid_column: str | None) -> None:
-    if uid_column is not None and uid_column not in schema.names:
-        raise InputError(
-            f"{name}: ingest.uid_column must be one of {', '.join(schema.names[:12])}; "
-            f"got {uid_column}. Choose one of them, or leave it out."
-        )
+def _check_columns(
+    name: str, schema: pa.Schema, uid_column: str | None, caption_column: str | None
+) -> None:
+    for field, column in (("uid_column", uid_column), ("caption_column", caption_column)):
+        if column is not None and column not in schema.names:
+            raise InputError(
+                f"{name}: ingest.{field} must be one of {', '.join(schema.names[:12])}; "
+                f"got {column}. Choose one of them, or leave it out."
+            )
 
 
-def _is_plain(kind: pa.DataType) -> bool:
+def is_plain(kind: pa.DataType) -> bool:
+    """Tell whether a column is text, numbers or lists of such."""
     return not (_is_bytes(kind) or pa.types.is_fixed_size_binary(kind) or _has_bytes(kind))
 
 
@@ -269,7 +353,7 @@ def read_fields(table: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
-def _sizes(parquet: pq.ParquetFile, number: int, roles: _Roles) -> list[int | None] | None:
+def _sizes(parquet: pq.ParquetFile, number: int, roles: Roles) -> list[int | None] | None:
     """Return the images' lengths in a row group; None if statistics show that none is missing."""
     group = parquet.metadata.row_group(number)
     for i in range(group.num_columns):
@@ -282,32 +366,38 @@ def _sizes(parquet: pq.ParquetFile, number: int, roles: _Roles) -> list[int | No
                 return None
     sizes: list[int | None] = []
     for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[number], columns=[roles.leaf]):
-        sizes.extend(pc.binary_length(_images(batch, roles)).to_pylist())
+        sizes.extend(pc.binary_length(pick_images(batch.column(0), roles)).to_pylist())
     return sizes
 
 
-def _images(batch: pa.RecordBatch, roles: _Roles) -> pa.Array:
-    """Return the bytes column of a batch."""
-    column = batch.column(0)
+def pick_images(column: pa.Array, roles: Roles) -> pa.Array:
+    """Return the bytes that an image column holds."""
     if roles.is_struct:
         column = pc.struct_field(column, "bytes")
     return column.cast(pa.binary()) if pa.types.is_null(column.type) else column
 
 
-def _row(fields: dict[str, Any], number: int, roles: _Roles, uid_column: str | None) -> Row:
+def make_row(fields: dict[str, Any], number: int, roles: Roles, uid_column: str | None) -> Row:
+    """Return the row of a sample from its fields; its place and image are for the caller to add."""
     raw = fields.get(roles.caption) if roles.caption else None
+    # Of several captions the first: the others stay in the metadata.
+    several = isinstance(raw, list)
+    if isinstance(raw, list):
+        raw = next((one for one in raw if isinstance(one, str) and one.strip()), None)
     caption, reason = index.clean_caption(raw if isinstance(raw, str) else None)
     key = fields.get(roles.key) if roles.key else None
     return Row(
         index.clean_text(str(number if key is None else key)),
         caption=caption,
-        metadata=index.encode_metadata(fields, {"uid", roles.key or "", roles.caption or ""}),
+        metadata=index.encode_metadata(
+            fields, {"uid", roles.key or "", "" if several else roles.caption or ""}
+        ),
         ingest_reason=failure(fields) or reason,
         own_uid=index.find_uid(fields, uid_column),
     )
 
 
-def _note_image(row: Row, size: int | None, is_known: bool) -> None:
+def note_image(row: Row, size: int | None, is_known: bool) -> None:
     """Put down the image's length and whether it is missing."""
     row.size_bytes = size
     if is_known and not size and row.ingest_reason not in NO_IMAGE:
@@ -339,7 +429,7 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
     )
     try:
         with _opened(source.url, source.name) as parquet:
-            roles = _find_roles(parquet.schema_arrow, source.name)
+            roles = find_roles(parquet.schema_arrow, source.name)
             current, at = -1, -1
             stream: Iterator[bytes | None] = iter(())
             for number, row in wanted:
@@ -354,9 +444,9 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
         raise changed from error
 
 
-def _stream(parquet: pq.ParquetFile, number: int, roles: _Roles) -> Iterator[bytes | None]:
+def _stream(parquet: pq.ParquetFile, number: int, roles: Roles) -> Iterator[bytes | None]:
     if number >= parquet.num_row_groups:
         return
     for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[number], columns=[roles.leaf]):
-        for image in _images(batch, roles):
+        for image in pick_images(batch.column(0), roles):
             yield image.as_py()

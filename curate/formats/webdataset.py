@@ -23,6 +23,7 @@ from curate.formats.tar import Member, Walk
 __all__ = [
     "SIZES",
     "Sample",
+    "caption_fields",
     "group",
     "read_images",
     "refuse_compressed",
@@ -105,14 +106,15 @@ class _Group:
     payloads: dict[str, bytes] = field(default_factory=dict)
 
 
-def scan(source: Source, uid_column: str | None = None) -> Scan:
+def scan(source: Source, uid_column: str | None = None, caption_column: str | None = None) -> Scan:
     """Index a tar: on a disk without reading its images, remotely in one pass over all of it.
 
     Parameters
     ----------
     source : Source
-    uid_column : str, optional
-        Field of the JSON member, or column of img2dataset's table, that identifies a sample.
+    uid_column, caption_column : str, optional
+        Fields of the JSON member, or columns of img2dataset's table, that identify a sample, and
+        that hold its caption.
 
     Returns
     -------
@@ -134,12 +136,12 @@ def scan(source: Source, uid_column: str | None = None) -> Scan:
         file.seek(0)
         refuse_compressed(source.url, file.read(8))
         for run in _groups(walk, file, counts):
-            rows.extend(_row(one, uid_column) for one in _split(run))
+            rows.extend(_row(one, uid_column, caption_column) for one in _split(run))
     if walk.damage:
         counts["truncated_files"] = 1
         _log.warning("%s: the tar is damaged (%s); read up to there", source.name, walk.damage)
     index.number_repeats(rows)
-    rows.extend(join_table(source, rows, uid_column, counts))
+    rows.extend(join_table(source, rows, uid_column, counts, caption_column))
     return Scan(index.to_table(rows, source.name), counts)
 
 
@@ -215,9 +217,9 @@ def _find_image(members: dict[str, Member]) -> Member | None:
     return image if image is not None and image.is_whole else None
 
 
-def _row(sample: _Group, uid_column: str | None) -> Row:
+def _row(sample: _Group, uid_column: str | None, caption_column: str | None) -> Row:
     fields = index.parse_json(sample.payloads.get("json", b"")) or {}
-    caption, reason = _caption(sample, fields)
+    caption, reason = _caption(sample, fields, caption_column)
     image = _find_image(sample.members)
     row = Row(
         sample.key,
@@ -236,7 +238,11 @@ def _row(sample: _Group, uid_column: str | None) -> Row:
     return row
 
 
-def _caption(sample: _Group, fields: dict[str, Any]) -> tuple[str | None, str | None]:
+def _caption(
+    sample: _Group, fields: dict[str, Any], caption_column: str | None
+) -> tuple[str | None, str | None]:
+    if caption_column is not None:
+        return index.find_caption(fields, (caption_column,))
     text = sample.members.get("txt")
     if text is not None and text.is_whole:
         if text.size_bytes > index.MAX_CAPTION_BYTES:
@@ -343,9 +349,26 @@ class Sample:
     metadata: str
 
 
-def to_sample(row: dict[str, Any]) -> Sample:
-    """Return a row of `shards` keyed by uid, which is unique over a set and free of dots."""
+def caption_fields(most: int) -> list[str]:
+    """Name the JSON fields of a sample's captions where one of the set has so many."""
+    return ["caption", *(f"caption_{number}" for number in range(2, most + 1))]
+
+
+def to_sample(row: dict[str, Any], most_captions: int = 1) -> Sample:
+    """Return a row of `shards` keyed by uid, which is unique over a set and free of dots.
+
+    Parameters
+    ----------
+    row : dict
+    most_captions : int
+        Captions that a sample of the set has at most. Besides in the list `captions`, which no
+        trainer reads, they are in `caption`, `caption_2` and so on, as open_clip draws among them;
+        "" where a sample has fewer, because loaders want the same fields in all.
+    """
     fields = dict(row)
+    further = (row.get("captions") or [])[1:]
+    for name in caption_fields(most_captions)[1:]:
+        fields[name] = further.pop(0) if further else ""
     image = fields.pop("image")
     # Loaders infer types from the first samples: a null there breaks the later ones.
     known = {name: value for name, value in fields.items() if value is not None}

@@ -6,6 +6,7 @@ from curate.stages.dedup import Dedup
 from curate.stages.download import Download
 from curate.stages.embed import Embed
 from curate.stages.ingest import Ingest
+from curate.stages.remove import Remove
 from curate.stages.report import Report
 from curate.stages.score import Score
 from curate.stages.select import Select
@@ -15,5 +16,16 @@ __all__ = ["STAGES"]
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (Download, Ingest, Embed, Decontaminate, Dedup, Score, Select, Write, Report)
+    for stage in (
+        Download,
+        Ingest,
+        Remove,
+        Embed,
+        Decontaminate,
+        Dedup,
+        Score,
+        Select,
+        Write,
+        Report,
+    )
 }

@@ -114,7 +114,7 @@ def _embed_source(room: Room, task: str) -> dict[str, float]:
     """Commit name, vector and thumbnail of every evaluation image of one source."""
     root = find_root(_stage(room).inputs)
     source = read_source(room, task, root)
-    index = formats.FORMATS[source.kind].scan(source, None).table
+    index = formats.FORMATS[source.kind].scan(source, None, None).table
     thumbnails: list[bytes | None] = [None] * len(index)
     if _holds_vectors(source):
         vectors, valid = _read_vectors(room, source, index)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field, field_validator
 
@@ -34,6 +35,7 @@ from curate.stages.embed_plugins import (
     plugin_tables,
     table_of,
 )
+from curate.stages.remove import BYTES_REASON, ByteLists
 
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder, Precision
@@ -58,6 +60,7 @@ class Embed(Stage):
     """Decode every image once; hash it, measure it, thumbnail it, and embed the pair."""
 
     name: ClassVar[str] = "embed"
+    version: ClassVar[int] = 2
 
     encoder: str = Field(
         "offline",
@@ -94,8 +97,11 @@ class Embed(Stage):
     def reads(self) -> tuple[str, ...]:
         return (*_LOCATION, "caption", "metadata")
 
+    def wants(self) -> tuple[str, ...]:
+        return ("removal_reason",)
+
     def tables(self) -> tuple[Table, ...]:
-        pixels = ("width", "height", "sha256", "decode_reason")
+        pixels = ("width", "height", "sha256", "decode_reason", "byte_list")
         vectors = ("image_emb", "text_emb", "clip_score")
         return (
             Table("embed.vectors", vectors, ("encoder", "max_pixels")),
@@ -196,9 +202,9 @@ def _probe_samples(room: Room, encoder: "Encoder") -> tuple[list[Any], list[str]
     images: list[Any] = []
     captions: list[str] = []
     for shard in room.shards()[:4]:
-        index = room.read(shard, [*_LOCATION, "caption"]).slice(0, 2 * _PROBE_SAMPLES)
+        index = _read_index(room, shard).slice(0, 2 * _PROBE_SAMPLES)
         captions += [caption for caption in index["caption"].to_pylist() if caption]
-        for data in room.open_images(index):
+        for data in _open_images(room, index):
             found = decode(data, 10_000_000, encoder.image_px) if data else None
             if found and found.image is not None:
                 images.append(encoder.prepare(found.image))
@@ -212,6 +218,33 @@ def _stage(room: Room) -> Embed:
     return room.find(Embed)
 
 
+def _read_index(room: Room, shard: str, *columns: str) -> pa.Table:
+    """Return index rows of a shard; of those on a removal list without their caption."""
+    listed = ("removal_reason",) if room.has("removal_reason") else ()
+    index = room.read(shard, [*_LOCATION, "caption", *columns, *listed])
+    if not listed:
+        return index
+    place, field = index.column_names.index("caption"), index.schema.field("caption")
+    hidden = pc.if_else(index["removal_reason"].is_valid(), None, index["caption"])
+    return index.set_column(place, field, hidden.cast(field.type))
+
+
+def _is_listed(index: pa.Table) -> np.ndarray[Any, Any]:
+    """(N,) bool: whether a removal list names the sample."""
+    if "removal_reason" not in index.column_names:
+        return np.zeros(len(index), bool)
+    found: np.ndarray[Any, Any] = index["removal_reason"].is_valid().to_numpy()
+    return found
+
+
+def _open_images(room: Room, index: pa.Table) -> Iterator[bytes | None]:
+    """Yield the bytes of index rows in order; those on a removal list are not read."""
+    listed = _is_listed(index)
+    images = room.open_images(index.filter(pa.array(~listed)))
+    for is_listed in listed:
+        yield None if is_listed else next(images)
+
+
 @dataclass
 class _Sample:
     """What one decode yields."""
@@ -222,6 +255,7 @@ class _Sample:
     prepared: Any = None
     picture: Any = None
     scores: dict[str, Any] = field(default_factory=dict)
+    byte_list: str | None = None
 
 
 def _towers(room: Room) -> tuple["Encoder", dict[str, Any]]:
@@ -264,25 +298,32 @@ def _embed_shard(room: Room, shard: str) -> dict[str, float]:
         return _take_over(room, shard)
     from curate.models.encoders import embed_captions, torch_threads
 
-    index = room.read(shard, [*_LOCATION, "caption"])
+    index, lists = _read_index(room, shard), ByteLists(room)
     uids, captions = index.select(["uid"]), index["caption"].to_pylist()
     scorer = open_scorer(room, _stage(room).plugins)
+    given: dict[str, Any] = {"scorer": scorer, "captions": captions, "lists": lists}
     if "embed.vectors" not in room.missing:
-        needed = _needs_pixels(room, scorer)
-        opened = room.open_images(index) if needed else repeat(None, len(index))
-        samples = list(_decode_all(room, opened, None, scorer=scorer, captions=captions))
+        needed = _needs_pixels(room, scorer) or lists.lists
+        opened = _open_images(room, index) if needed else repeat(None, len(index))
+        samples = list(_decode_all(room, opened, None, **given))
         return _commit_facts(room, shard, uids, samples, scorer)
     encoder, choice = _towers(room)
     with torch_threads(choice["torch_threads"]):
-        opened = room.open_images(index)
-        decoded = _decode_all(room, opened, encoder, scorer=scorer, captions=captions)
+        decoded = _decode_all(room, _open_images(room, index), encoder, **given)
         samples, images, has_image = _encode_images(encoder, decoded, len(index), choice)
         size, precision = choice["batch"]["text"], _precision(choice["text"])
-        texts, has_text = embed_captions(encoder, captions, size, precision)
+        unlisted = _unlisted(captions, samples)
+        texts, has_text = embed_captions(encoder, unlisted, size, precision)
     texts = texts.astype(np.float16)
     vectors = _vector_table(uids, encoder.shared_space, images, has_image, texts, has_text)
     room.commit_shard("embed.vectors", shard, vectors)
     return _commit_facts(room, shard, uids, samples, scorer)
+
+
+def _unlisted(captions: Sequence[str | None], samples: list[_Sample]) -> list[str | None]:
+    """Captions, without those of samples whose bytes are on a removal list."""
+    given = zip(captions, samples, strict=True)
+    return [None if sample.byte_list else caption for caption, sample in given]
 
 
 def _needs_pixels(room: Room, scorer: Scorer | None) -> bool:
@@ -293,16 +334,17 @@ def _needs_pixels(room: Room, scorer: Scorer | None) -> bool:
 
 def _take_over(room: Room, shard: str) -> dict[str, float]:
     """Commit what the source itself says: vectors, and the sides of images that are not here."""
-    index = room.read(shard, [*_LOCATION, "caption", "metadata"])
+    index = _read_index(room, shard, "metadata")
+    listed = _is_listed(index)
     uids, captions = index.select(["uid"]), index["caption"].to_pylist()
     counts: dict[str, float] = {}
     if "embed.vectors" in room.missing:
         found = room.read_source_vectors(index)
         shared = _shares_space(room.layout()["vectors"])
-        columns = (found.images, found.has_image, found.texts, found.has_text)
-        vectors = _vector_table(uids, shared, *columns)
+        has_image, has_text = found.has_image & ~listed, found.has_text & ~listed
+        vectors = _vector_table(uids, shared, found.images, has_image, found.texts, has_text)
         room.commit_shard("embed.vectors", shard, vectors)
-        counts["without_vector"] = int((~found.has_image).sum())
+        counts["without_vector"] = int((~has_image).sum())
     sides = [_read_sides(text) for text in index["metadata"].to_pylist()]
     samples = [_Sample(Decoded(None, *both, None)) for both in sides]
     scorer = open_scorer(room, _stage(room).plugins)
@@ -338,6 +380,7 @@ def _decode_all(
     thumbnails: bool | None = None,
     scorer: Scorer | None = None,
     captions: Sequence[str | None] = (),
+    lists: ByteLists | None = None,
 ) -> Iterator[_Sample]:
     """Decode images in order, and score them, ahead of the encoder where there are cores for it."""
     max_pixels = _stage(room).max_pixels
@@ -350,6 +393,9 @@ def _decode_all(
         if not data:
             reason = None if data is None else "image_empty"
             return _Sample(Decoded(None, None, None, reason))
+        listed = lists.find(data) if lists else None
+        if listed is not None:
+            return _Sample(Decoded(None, None, None, BYTES_REASON), byte_list=listed)
         decoded = decode(data, max_pixels, working_px)
         digest = hashlib.sha256(data).hexdigest()
         if decoded.image is None:
@@ -362,7 +408,7 @@ def _decode_all(
     def work(block: list[tuple[bytes | None, str | None]]) -> list[_Sample]:
         samples = [look(data) for data, _ in block]
         if scorer is not None:
-            _score(scorer, samples, [caption for _, caption in block])
+            _score(scorer, samples, _unlisted([caption for _, caption in block], samples))
         return samples
 
     given = zip(images, captions, strict=True) if scorer else ((data, None) for data in images)
@@ -480,6 +526,7 @@ def _commit_facts(
         "height": [s.decoded.height for s in samples],
         "sha256": [s.sha256 for s in samples],
         "decode_reason": [s.decoded.reason for s in samples],
+        "byte_list": [s.byte_list for s in samples],
         "thumbnail": [s.thumbnail for s in samples],
     }
     for table in ("embed.pixels", "embed.thumbnails"):

@@ -35,6 +35,7 @@ __all__ = [
     "hash_uid",
     "read_source",
     "source_tasks",
+    "to_uid",
 ]
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ _COLUMNS = (
     "metadata",
     "ingest_reason",
 )
-Layout = Literal["auto", "webdataset", "parquet", "folder", "clip_retrieval", "datacomp", "npy"]
+Layout = Literal[
+    "auto", "webdataset", "parquet", "arrow", "folder", "clip_retrieval", "datacomp", "npy"
+]  # fmt: skip
 VectorChoice = Literal["l14", "b32", "dedup"] | None
 
 #: Folder of the shards of `download`, within the stage's own.
@@ -102,6 +105,12 @@ class Ingest(Stage):
         default=None,
         description="Column or JSON field that identifies a sample; default: `uid`, where it is "
         "32 hex digits. Other values are hashed.",
+        min_length=1,
+    )
+    caption_column: str | None = Field(
+        default=None,
+        description="Column or JSON field that holds captions, of a list the first; default: "
+        "`caption`, `text` and the like, in tars and folders the .txt before them.",
         min_length=1,
     )
     limit: int | None = Field(
@@ -289,7 +298,7 @@ def _scan(room: Room, task: str) -> dict[str, float]:
     """Index one source."""
     ingest = _ingest(room)
     source = read_source(room, task, ingest.folder())
-    found = formats.FORMATS[source.kind].scan(source, ingest.uid_column)
+    found = formats.FORMATS[source.kind].scan(source, ingest.uid_column, ingest.caption_column)
     widths = formats.measure_vectors(source, ingest.vectors, found.table.num_rows)
     table = assign_uids(found.table, ingest.dataset)
     table = table.replace_schema_metadata({_WIDTHS: json.dumps(widths)})
@@ -302,6 +311,11 @@ def hash_uid(*parts: str | int) -> str:
     """Return the uid, 32 hex digits, that follows from what identifies a sample."""
     # JSON keeps the parts apart whatever they hold: ("a", "bc") and ("ab", "c") differ.
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def to_uid(own: str, dataset: str) -> str:
+    """Return the uid of a sample to which its source gives an identity: this, if it is one."""
+    return own if UID.fullmatch(own) else hash_uid(dataset, own)
 
 
 def assign_uids(table: pa.Table, dataset: str) -> pa.Table:
@@ -327,7 +341,7 @@ def assign_uids(table: pa.Table, dataset: str) -> pa.Table:
         if own is None:
             uids.append(hashed)
         else:
-            uids.append(own if UID.fullmatch(own) else hash_uid(dataset, own))
+            uids.append(to_uid(own, dataset))
         fallbacks.append(None if own is None else hashed)
     columns = {name: table[name] for name in _COLUMNS if name != "uid"}
     return (
@@ -516,13 +530,18 @@ def _read_rows(url: str, rows: npt.NDArray[np.int64]) -> pa.Table:
 
 
 def _replace_repeats(table: pa.Table, is_repeat: npt.NDArray[np.bool_]) -> pa.Table:
-    """Give the marked rows the uid they fall back to, and drop the column that holds it."""
-    uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
-    reasons = table["ingest_reason"].to_pylist()
+    """Give the marked rows the uid they fall back to, and drop the column that holds it.
+
+    What the source gave stays in their metadata, so that a list of uids finds them too.
+    """
+    names = ("uid", "hash_uid", "ingest_reason", "metadata")
+    uids, fallbacks, reasons, fields = (table[name].to_pylist() for name in names)
     for row in np.flatnonzero(is_repeat):
+        known = json.loads(fields[row] or "{}")
+        fields[row] = json.dumps({**known, "uid": uids[row]}, ensure_ascii=False)
         uids[row] = fallbacks[row] or hash_uid("again", uids[row])
         reasons[row] = first_reason(reasons[row], "duplicate_uid")
-    table = table.set_column(0, "uid", pa.array(uids, pa.string()))
-    position = table.column_names.index("ingest_reason")
-    table = table.set_column(position, "ingest_reason", pa.array(reasons, pa.string()))
+    for name, values in (("uid", uids), ("ingest_reason", reasons), ("metadata", fields)):
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(values, pa.string()))
     return table.select(_COLUMNS).cast(select_schema(_COLUMNS))

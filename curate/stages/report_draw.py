@@ -14,6 +14,7 @@ from curate.memorization.folds import hash_unit
 from curate.report.page import Chart, Gallery, Group
 from curate.schema import COLUMNS, REASONS, public_columns
 from curate.stages.base import Room
+from curate.stages.remove import REMOVALS
 from curate.stages.report_curves import (
     BINS,
     Judged,
@@ -69,7 +70,11 @@ _REPEATED_SHARE = 0.01
 _REPEATED_LEAST = 5
 
 #: Reasons why a sample could not even be looked at.
-_UNREADABLE = (*list(REASONS)[: list(REASONS).index("caption_too_short")],)
+_UNREADABLE = tuple(
+    code
+    for code in list(REASONS)[: list(REASONS).index("caption_too_short")]
+    if code not in REMOVALS
+)
 #: What is worth a look before all else: decisions that are matters of judgement.
 _FIRST = ("mismatched", "duplicate_perceptual", "duplicate_semantic", "duplicate_bytes")
 
@@ -172,8 +177,18 @@ class _Pass:
         return table, hash_unit(table["uid"].to_pylist(), self.seed, "report")
 
     def look(self, table: pa.Table, ranks: Array) -> None:
+        for name in self.scores:
+            values = numbers(table, name)
+            if not np.isnan(values).all():
+                low, high = self.ranges.get(name, (np.inf, -np.inf))
+                self.ranges[name] = min(low, np.nanmin(values)), max(high, np.nanmax(values))
         reasons = np.array(table["reason"].to_pylist(), object)
-        kept = table["keep"].to_numpy()
+        # Samples on a removal list are counted, and nothing of them is shown.
+        removed = np.isin(reasons, REMOVALS)
+        for reason in dict.fromkeys(reasons[removed].tolist()):
+            self.by_reason.setdefault(reason, _Best(0)).total += int((reasons == reason).sum())
+        table, ranks = table.filter(pa.array(~removed)), ranks[~removed]
+        reasons, kept = reasons[~removed], table["keep"].to_numpy()
         for reason in dict.fromkeys(reasons.tolist()):
             best = self.by_reason.setdefault(reason, _Best(self.count))
             mask = kept if reason is None else reasons == reason
@@ -184,11 +199,6 @@ class _Pass:
         self._find_clusters(table)
         self._judge(table)
         self._listen(table, ranks)
-        for name in self.scores:
-            values = numbers(table, name)
-            if not np.isnan(values).all():
-                low, high = self.ranges.get(name, (np.inf, -np.inf))
-                self.ranges[name] = min(low, np.nanmin(values)), max(high, np.nanmax(values))
 
     def _pick(self, table: pa.Table, ranks: Array, kept: Array) -> None:
         self.best["dropped"].add(table, ranks, ranks, ~kept)

@@ -9,24 +9,38 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from curate import storage
 from curate.dedup import groups
 from curate.memorization.folds import hash_unit
 from curate.memorization.mismatch import RUNGS
 from curate.memorization.rarity import RARE
-from curate.plugins import find_column
-from curate.schema import COLUMNS, select_schema
+from curate.schema import select_schema
 from curate.stages.base import OneOrMore, Room, Stage, Step, Table, one_task, shard_tasks
 from curate.stages.dedup_inputs import read_edges, read_nodes, read_pixels, read_spots, shard_starts
 from curate.stages.score_inputs import read_phantoms
+from curate.stages.select_columns import (
+    ScoreTable,
+    check_joined,
+    check_number,
+    check_tables,
+    find_columns,
+    is_outside,
+    join_shard,
+    join_tasks,
+    read_joined,
+    sort_table,
+    table_tasks,
+)
 from curate.stages.select_table import DECISION, Decisions, fold_caption, merge_captions
 
-__all__ = ["Fraction", "Select", "Threshold", "mismatch_limit"]
+__all__ = ["Fraction", "Preference", "Select", "Threshold", "mismatch_limit"]
 
 Array = np.ndarray[Any, Any]
 
+#: Which removal list names a sample, and by what.
+_LISTED = ("removal_list", "removal_reason", "byte_list")
 #: Cosines at which the kept are counted again.
 _STRICTER = (0.85, 0.9, 0.95, 0.98, 0.99)
 #: Criterion -> column, and whether higher values are preferred.
@@ -37,27 +51,17 @@ _PREFERENCES = {
 }
 
 
-def _check_number(column: str) -> str:
-    found = COLUMNS.get(column) or find_column(column)
-    if found is None or found.type is None or not _is_number(found.type):
-        raise ValueError(f"a numeric column (see `curate columns`); {column!r} is not")
-    return column
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
 class Threshold(BaseModel):
-    """Bounds that a column's value must lie within; null values fail."""
+    """Bounds that a column's value must lie within; `missing` says what becomes of null."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     column: str
     min: float | None = None
     max: float | None = None
+    missing: Literal["drop", "keep"] = "drop"
 
-    _numeric = field_validator("column")(_check_number)
+    _numeric = field_validator("column")(check_number)
 
 
 class Fraction(BaseModel):
@@ -69,7 +73,21 @@ class Fraction(BaseModel):
     fraction: Annotated[float, Field(gt=0, le=1)]
     highest: bool = True
 
-    _numeric = field_validator("column")(_check_number)
+    _numeric = field_validator("column")(check_number)
+
+
+class Preference(BaseModel):
+    """Of several duplicates the one with the best value in `column`; null comes last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    column: str
+    highest: bool = True
+
+    _numeric = field_validator("column")(check_number)
+
+
+_RULES = (Threshold, Fraction, Preference)
 
 
 class Select(Stage):
@@ -114,17 +132,29 @@ class Select(Stage):
     min_language_probability: float = Field(
         0.5, description="languages drops no caption of whose language less is sure", ge=0, le=1
     )
+    score_tables: tuple[ScoreTable, ...] = Field(
+        (),
+        description="tables of numbers, which rules call NAME.COLUMN: [{path, on: uid | key | url "
+        "| any field of the metadata, column, name}]; Parquet, CSV, TSV or JSONL",
+    )
     keep_fraction: Fraction | None = Field(
-        None, description="keep the best share by a column: {column, fraction, highest}"
+        None,
+        description="keep the best share by a column: {column, fraction, highest}; samples without "
+        "a value do not count and are dropped",
     )
     thresholds: tuple[Threshold, ...] = Field(
-        (), description="bounds on any numeric column: [{column, min, max}]"
+        (),
+        description="bounds on numeric columns, metadata.FIELD or TABLE.COLUMN: [{column, min, "
+        "max, missing: drop | keep}]",
     )
     prefer: tuple[
-        Literal["mismatch", "clip_score", "alignment", "resolution", "source", "random"], ...
+        Literal["mismatch", "clip_score", "alignment", "resolution", "source", "random"]
+        | Preference,
+        ...,
     ] = Field(
         ("mismatch", "resolution"),
-        description="which of several duplicates stays, first criterion first; then the lower uid",
+        description="which of several duplicates stays, first criterion first, a name or {column, "
+        "highest}; then the lower uid",
     )
     source_priority: tuple[str, ...] = Field(
         (),
@@ -142,6 +172,39 @@ class Select(Stage):
         le=1,
     )
 
+    @field_validator("keep_fraction", "thresholds", "prefer")
+    @classmethod
+    def _check_outside(cls, value: Any, info: ValidationInfo) -> Any:
+        rules = value if isinstance(value, tuple) else (value,)
+        columns = [rule.column for rule in rules if isinstance(rule, _RULES)]
+        check_tables(columns, info.data.get("score_tables", ()))
+        return value
+
+    def rule_columns(self) -> tuple[str, ...]:
+        """Columns that rules name, each once."""
+        rules = (*self.thresholds, self.keep_fraction, *self.prefer)
+        named = (rule.column for rule in rules if isinstance(rule, _RULES))
+        return tuple(dict.fromkeys(named))
+
+    def outside_columns(self) -> tuple[str, ...]:
+        """Columns that rules name and that no stage writes."""
+        return tuple(filter(is_outside, self.rule_columns()))
+
+    def tables_used(self) -> tuple[ScoreTable, ...]:
+        """Tables that a rule names."""
+        titles = {column.partition(".")[0] for column in self.outside_columns()}
+        return tuple(table for table in self.score_tables if table.title in titles)
+
+    def hashed_fields(self) -> dict[str, Any]:
+        return {
+            **super().hashed_fields(),
+            "score_tables": [one.identity() for one in self.score_tables],
+        }
+
+    def sources(self) -> list[dict[str, Any]]:
+        find_columns(self)
+        return [table.content() for table in self.tables_used()]
+
     def reads(self) -> tuple[str, ...]:
         columns = ["caption", "ingest_reason", "decode_reason", "width", "height", "sha256"]
         if self.max_mismatch_rate is not None:
@@ -154,23 +217,28 @@ class Select(Stage):
             columns += ["text_overlap", "text_area"]
         if self.languages:
             columns += ["caption_language", "caption_language_probability"]
-        if self.keep_fraction is not None:
-            columns.append(self.keep_fraction.column)
         if "source" in self.prefer:
             columns.append("source_file")
-        columns += [bounds.column for bounds in self.thresholds]
+        columns += [column for column in self.rule_columns() if not is_outside(column)]
+        if self.outside_columns():
+            columns += ["key", "metadata"]
         return tuple(dict.fromkeys(columns))
 
     def wants(self) -> tuple[str, ...]:
         preferred = (column for column, _ in _PREFERENCES.values())
-        found = ("cluster_id", "earlier_uid", "contaminated_by", "rarity")
+        found = ("cluster_id", "earlier_uid", "contaminated_by", "rarity", *_LISTED)
         return tuple(dict.fromkeys((*found, *preferred)))
 
     def tables(self) -> tuple[Table, ...]:
         return (Table("select", DECISION),)
 
     def steps(self) -> tuple[Step, ...]:
-        return (Step("decide", _decide, one_task), Step("table", _write_shard, shard_tasks))
+        return (
+            Step("tables", sort_table, table_tasks),
+            Step("join", join_shard, join_tasks),
+            Step("decide", _decide, one_task),
+            Step("table", _write_shard, shard_tasks),
+        )
 
     def facts(self, room: Room) -> dict[str, Any]:
         found: dict[str, Any] = storage.read_json(room.path("summary.json"))
@@ -184,8 +252,9 @@ def _stage(room: Room) -> Select:
 
 def _load(room: Room) -> pa.Table:
     wanted = (*_stage(room).reads(), *(c for c in _stage(room).wants() if room.has(c)))
-    columns = list(dict.fromkeys(wanted))
-    return pa.concat_tables([room.read(shard, columns) for shard in room.shards()])
+    columns = [name for name in dict.fromkeys(wanted) if name not in ("key", "metadata")]
+    shards = room.shards()
+    return pa.concat_tables([read_joined(room, room.read(s, columns), s) for s in shards])
 
 
 def _numbers(table: pa.Table, column: str) -> Array:
@@ -254,6 +323,7 @@ _NO_EDGES = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float3
 def _decide(room: Room, task: str) -> dict[str, float]:
     """Apply all rules to all samples and commit the decisions as one table."""
     stage, table = _stage(room), _load(room)
+    joined = check_joined(room, table)
     failed: dict[str, Array] = {}
     _source_rules(stage, table, failed)
     _basic_rules(stage, table, failed)
@@ -263,7 +333,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     uids = table["uid"].to_numpy(zero_copy_only=False).astype("S32")
     order = _preference(stage, table, uids)
     copies = _read_copies(room, table, order)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"joined": joined} if joined else {}
     if stage.max_mismatch_rate is not None:
         facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
         facts["mismatch"] |= _calibrate(room, table, eligible, facts["mismatch"]["max_probability"])
@@ -285,7 +355,7 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     captions = table["caption"]
     merged = merge_captions(captions, keep, representative, order, stage.max_captions)
     weight = _weights(stage, table, keep)
-    decisions = Decisions(uids, captions, failed, found, weight, merged)
+    decisions = Decisions(uids, captions, failed, _removed_by(table), found, weight, merged)
     with storage.commit_batches(
         room.path("decisions.parquet"), select_schema(["uid", *DECISION])
     ) as append:
@@ -298,12 +368,20 @@ def _decide(room: Room, task: str) -> dict[str, float]:
 
 
 def _source_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
-    """What ingest and embed already found."""
+    """What the stages before already found."""
     allowed = set() if stage.require_caption else {"caption_missing"}
-    for column in ("ingest_reason", "decode_reason"):
+    for column in ("ingest_reason", "removal_reason", "decode_reason"):
+        if column not in table.column_names:
+            continue
         codes = table[column].to_numpy(zero_copy_only=False)
         for code in sorted({code for code in codes if code is not None} - allowed):
             failed[code] = failed.get(code, False) | (codes == code)
+
+
+def _removed_by(table: pa.Table) -> pa.ChunkedArray:
+    """Name the removal list that each sample is on."""
+    lists = [table[n] for n in ("removal_list", "byte_list") if n in table.column_names]
+    return pc.coalesce(*lists) if lists else pa.chunked_array([pa.nulls(len(table), pa.string())])
 
 
 def _basic_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
@@ -374,6 +452,8 @@ def _column_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> N
         low = -math.inf if bounds.min is None else bounds.min
         high = math.inf if bounds.max is None else bounds.max
         outside = ~((values >= low) & (values <= high))
+        if bounds.missing == "keep":
+            outside &= ~np.isnan(values)
         failed["outside_threshold"] = failed.get("outside_threshold", False) | outside
     if stage.keep_fraction is not None:
         failed["outside_fraction"] = ~_best_share(table, stage.keep_fraction)
@@ -490,17 +570,23 @@ def _preference(stage: Select, table: pa.Table, uids: Array) -> Array:
     """Rows in order of preference, a function of the samples and not of their order."""
     keys: list[Array] = [uids]
     for criterion in reversed(stage.prefer):
-        if criterion == "resolution":
+        if isinstance(criterion, Preference):
+            keys.append(_preferred(table, criterion.column, criterion.highest))
+        elif criterion == "resolution":
             keys.append(-np.nan_to_num(_numbers(table, "width") * _numbers(table, "height")))
         elif criterion == "source":
             keys.append(_source_places(stage.source_priority, table["source_file"].to_pylist()))
         elif criterion == "random":
             keys.append(hash_unit(uids.astype(str).tolist(), stage.seed, "preference"))
         elif _PREFERENCES[criterion][0] in table.column_names:
-            column, higher = _PREFERENCES[criterion]
-            values = _numbers(table, column)
-            keys.append(np.nan_to_num(-values if higher else values, nan=np.inf))
+            keys.append(_preferred(table, *_PREFERENCES[criterion]))
     return np.lexsort(keys)
+
+
+def _preferred(table: pa.Table, column: str, higher: bool) -> Array:
+    """(N,) float64: the better, the smaller."""
+    values = _numbers(table, column)
+    return np.nan_to_num(-values if higher else values, nan=np.inf)
 
 
 def _source_places(patterns: tuple[str, ...], files: list[str]) -> Array:

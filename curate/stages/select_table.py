@@ -22,6 +22,7 @@ DECISION = (
     "keep",
     "reason",
     "failed_rules",
+    "removed_by",
     "weight",
     "representative_uid",
     "representative_cosine",
@@ -43,6 +44,7 @@ class Decisions:
     captions : pyarrow.ChunkedArray of string, length N
     failed : dict of str to (N,) bool
         By reason code, the samples that failed the rule.
+    removed_by : pyarrow.ChunkedArray of string, length N
     walk : Walk
     weight : (N,) floating
     merged : (M,) int64 twice
@@ -52,6 +54,7 @@ class Decisions:
     uids: Array
     captions: pa.ChunkedArray
     failed: dict[str, Array]
+    removed_by: pa.ChunkedArray
     walk: Walk
     weight: Array
     merged: tuple[Array, Array]
@@ -66,6 +69,7 @@ class Decisions:
             "keep": self.walk.kept[own],
             "reason": _names(self._codes, self._first[own]),
             "failed_rules": self._rules(own),
+            "removed_by": self.removed_by.slice(start, stop - start),
             "weight": self.weight[own],
             "representative_uid": pa.array(
                 self.uids[representative].astype(str), pa.string(), mask=alone

@@ -85,7 +85,13 @@ def _write_decisions(room: Room, shard: str) -> dict[str, float]:
 def _decide_layout(room: Room, task: str) -> dict[str, float]:
     """Cut the kept samples, in order, into shards whose sizes differ by at most one."""
     shards = room.shards()
-    kept = [int(np.count_nonzero(room.read(s, ["keep"])["keep"].to_numpy())) for s in shards]
+    wants_tars = _stage(room).webdataset
+    kept, captions = [], 1
+    for shard in shards:
+        table = room.read(shard, ["keep", *(("captions",) if wants_tars else ())])
+        kept.append(int(np.count_nonzero(table["keep"].to_numpy())))
+        if wants_tars:
+            captions = max(captions, pc.max(pc.list_value_length(table["captions"])).as_py() or 1)
     total = sum(kept)
     count = -(-total // _stage(room).shard_samples)
     bounds = [total * i // count for i in range(count + 1)] if count else []
@@ -97,9 +103,11 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
             low, high = max(first, start), min(end, stop)
             if low < high:
                 parts.append([shard, int(low - start), int(high - start)])
-        layout.append({"name": f"{number:05d}", "samples": end - first, "parts": parts})
+        layout.append(
+            {"name": f"{number:05d}", "samples": end - first, "captions": captions, "parts": parts}
+        )
     storage.commit_json(room.path("layout.json"), layout)
-    if layout and _stage(room).webdataset:
+    if layout and wants_tars:
         sizes = {f"{shard['name']}.tar": shard["samples"] for shard in layout}
         storage.commit_json(room.path("webdataset", webdataset.SIZES), sizes)
     return {"samples": total}
@@ -115,7 +123,8 @@ def _write_shard(room: Room, task: str) -> dict[str, float]:
     Where the source has vectors alone there are neither bytes nor hashes.
     """
     layout = storage.read_json(room.path("layout.json"))
-    parts = next(shard["parts"] for shard in layout if shard["name"] == task)
+    own = next(shard for shard in layout if shard["name"] == task)
+    parts = own["parts"]
     names = public_columns("shards")
     written = size_bytes = 0
     fingerprint = room.path().rsplit("-", 1)[-1].rstrip("/")
@@ -130,7 +139,7 @@ def _write_shard(room: Room, task: str) -> dict[str, float]:
             size_bytes += pc.sum(pc.binary_length(table["image"])).as_py() or 0
     if _stage(room).webdataset:
         with storage.commit(room.path("webdataset", f"{task}.tar")) as path:
-            webdataset.write(path, _tar_samples(room, parts))
+            webdataset.write(path, _tar_samples(room, parts, own["captions"]))
     return {"samples": written, "size_bytes": size_bytes}
 
 
@@ -162,7 +171,7 @@ def _check_bytes(block: pa.Table, images: list[bytes | None]) -> None:
             )
 
 
-def _tar_samples(room: Room, parts: list[list[Any]]) -> Iterator[webdataset.Sample]:
+def _tar_samples(room: Room, parts: list[list[Any]], captions: int) -> Iterator[webdataset.Sample]:
     for table in _kept_rows(room, parts):
         rows = table.drop_columns([*_LOCATION, "keep"]).to_pylist()
-        yield from map(webdataset.to_sample, rows)
+        yield from (webdataset.to_sample(row, captions) for row in rows)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping
@@ -120,6 +121,46 @@ def test_webdataset(exporter: Exporter, truth: dict[str, Found]) -> None:
         for name, value in row.items():
             kinds.setdefault(name, set()).add(type(value))
     assert all(len(found) == 1 and type(None) not in found for found in kinds.values())
+
+
+def draw_caption(fields: dict[str, Any], keys: list[str], rng: np.random.Generator) -> str:
+    """open_clip's rule for --json-text-key-probs: of a random order of keys the first not empty."""
+    drawn = (str(fields.get(key, "")).strip() for key in rng.permutation(keys))
+    return next((caption for caption in drawn if caption), "")
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "groups"])
+def test_captions_as_open_clip_draws_among_them(
+    exporter: Exporter, truth: dict[str, Found], layout: str
+) -> None:
+    folder = exporter(layout, shard_samples=25)
+    _, _, fields = read_tars(folder)
+    assert {row["caption_2"] for row in fields if len(row["captions"]) == 1} == {""}
+    rng = np.random.default_rng(0)
+    keys = ["caption", "caption_2"]
+    if layout == "groups":
+        (line,) = (
+            one
+            for one in (folder / "TRAINING.md").read_text().splitlines()
+            if one.startswith("  --json-text-key ")
+        )
+        _, given, _, *shares = shlex.split(line)
+        assert given.split(";") == keys
+        assert shares == ["1", "1"]
+    for row in fields:
+        drawn = {draw_caption(row, keys, rng) for _ in range(30)}
+        assert drawn == set(truth[row["uid"]][2])
+
+
+def test_open_clip_itself_draws_among_them(exporter: Exporter, truth: dict[str, Found]) -> None:
+    data = pytest.importorskip("open_clip_train.data")
+    if not hasattr(data, "JsonCaptionExtractor"):
+        pytest.skip("this open_clip has no --json-text-key-probs")
+    extract = data.JsonCaptionExtractor("caption;caption_2", sample_probs=[1, 1])
+    _, _, fields = read_tars(exporter("groups", shard_samples=25))
+    for row in fields:
+        drawn = {extract(json.dumps(row).encode()) for _ in range(30)}
+        assert drawn == set(truth[row["uid"]][2])
 
 
 def test_order_is_drawn_by_uid_and_seed(

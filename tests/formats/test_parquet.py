@@ -213,3 +213,32 @@ def test_source_that_changed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(SourceChangedError, match="No such file"):
         list(parquet.read_images(source, found.table))
+
+
+def test_which_column_holds_images_and_captions(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {"noise": {"_type": "Audio"}, "scan": {"_type": "Image"}}
+    table = pa.table(
+        {
+            "noise": pa.array([{"bytes": b"beep", "path": None}] * 3, kind),
+            "scan": pa.array([{"bytes": JPEG, "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"},
+                              {"bytes": None, "path": None}], kind),
+            "captions": [["", "one", "uno"], [], ["three"]],
+            "note": ["n1", "n2", "n3"],
+        }
+    )  # fmt: skip
+    path = tmp_path / "0.parquet"
+    known = {"huggingface": json.dumps({"info": {"features": features}})}
+    found = scan(path, table.replace_schema_metadata(known))
+    assert found.table["caption"].to_pylist() == ["one", None, "three"]
+    assert json.loads(found.table["metadata"][0].as_py())["captions"] == ["", "one", "uno"]
+    assert found.table["ingest_reason"].to_pylist() == [None, "image_missing", "image_missing"]
+    assert found.counts == {"images_elsewhere": 1}
+    assert images_of(path, found.table) == [JPEG, None, None]
+    named = parquet.scan(source_of(path), None, "note").table
+    assert named["caption"].to_pylist() == ["n1", "n2", "n3"]
+    with pytest.raises(InputError, match="caption_column must be one of noise, scan, captions"):
+        parquet.scan(source_of(path), None, "text")
+    # Without the metadata both structs could be it.
+    with pytest.raises(InputError, match="must have a column of image bytes"):
+        scan(path, table)

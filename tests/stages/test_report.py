@@ -16,6 +16,7 @@ from curate import storage
 from curate.memorization.folds import hash_unit
 from curate.schema import REASONS, select_schema
 from curate.stages.base import Room
+from curate.stages.remove import REMOVALS
 from curate.stages.report import Report, RunFacts, write_report
 from curate.stages.report_curves import (
     Judged,
@@ -38,10 +39,14 @@ def uid(number: int) -> str:
 
 
 def decisions(count: int, seed: int = 0) -> pa.Table:
-    """Draw a table as `select` might leave it: every reason, clusters of many sizes, odd text."""
+    """Draw a table as `select` might leave it: every reason, clusters of many sizes, odd text.
+
+    Every one but those of removal lists: of their samples nothing is shown.
+    """
     rng = np.random.default_rng(seed)
+    codes = [code for code in REASONS if code not in REMOVALS]
     uids = [uid(number) for number in range(count)]
-    reasons = rng.choice([None, *REASONS], count, p=[0.5] + [0.5 / len(REASONS)] * len(REASONS))
+    reasons = rng.choice([None, *codes], count, p=[0.5] + [0.5 / len(codes)] * len(codes))
     kept = [number for number in range(count) if reasons[number] is None]
     cluster = np.minimum(rng.zipf(1.6, count), count) - 1
     duplicate = [str(reason).startswith("duplicate_") for reason in reasons]
