@@ -208,10 +208,12 @@ def remote_tar(s3: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_remote_tar_is_indexed_in_one_pass(s3: Server, remote_tar: Path) -> None:
     s3.gate.seen.clear()
-    found = FORMATS["webdataset"].scan(Source("t.tar", "s3://bucket/t.tar", "webdataset"), None)
+    found = FORMATS["webdataset"].scan(
+        Source("t.tar", "s3://bucket/t.tar", "webdataset"), None, None
+    )
     gets = [span for method, _, span in s3.gate.seen if method == "GET"]
     assert len(gets) == len(set(gets)) == -(-remote_tar.stat().st_size // (8 << 20))
-    local = FORMATS["webdataset"].scan(Source("t.tar", str(remote_tar), "webdataset"), None)
+    local = FORMATS["webdataset"].scan(Source("t.tar", str(remote_tar), "webdataset"), None, None)
     assert found.table.equals(local.table)
     assert len(found.table) == 1000
 
@@ -221,7 +223,9 @@ def test_images_are_read_in_few_requests(
     s3: Server, remote_tar: Path, step: int, requests: int
 ) -> None:
     """All, a third, and a tenth of the samples, with the rest in long runs between them."""
-    table = FORMATS["webdataset"].scan(Source("t.tar", str(remote_tar), "webdataset"), None).table
+    table = (
+        FORMATS["webdataset"].scan(Source("t.tar", str(remote_tar), "webdataset"), None, None).table
+    )
     wanted = table.take(list(range(0, 1000, step)))
     s3.gate.seen.clear()
     found = list(read_images("s3://bucket", wanted))
@@ -234,7 +238,7 @@ def test_images_are_read_in_few_requests(
 def test_images_far_apart_are_read_alone(s3: Server, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "far.tar", _samples(20, 1_500_000))
     s3fs.S3FileSystem().put_file(str(path), "bucket/far.tar")
-    table = FORMATS["webdataset"].scan(Source("far.tar", str(path), "webdataset"), None).table
+    table = FORMATS["webdataset"].scan(Source("far.tar", str(path), "webdataset"), None, None).table
     s3.gate.seen.clear()
     assert all(read_images("s3://bucket", table.take([0, 9, 18])))
     asked = [span.removeprefix("bytes=").split("-") for m, _, span in s3.gate.seen if m == "GET"]
@@ -255,7 +259,7 @@ def test_a_tar_on_disk_is_indexed_without_its_images(tmp_path: Path) -> None:
         file.write(bytes(1024))
     source = Source("t.tar", str(path), "webdataset")
     before = _bytes_read()
-    found = FORMATS["webdataset"].scan(source, None)
+    found = FORMATS["webdataset"].scan(source, None, None)
     read = _bytes_read() - before
     assert len(found.table) == 10_000
     # Five blocks of 512 bytes a sample; files are read in pages.
@@ -285,7 +289,7 @@ def test_inputs_by_url(tmp_path: Path, ranges: bool) -> None:
         for source in sources:
             local = Source(source.name, str(tmp_path / "a" / source.name), "webdataset")
             server.gate.fail(2, 503, "GET")
-            found = FORMATS["webdataset"].scan(source, None).table
+            found = FORMATS["webdataset"].scan(source, None, None).table
             assert found.equals(FORMATS["webdataset"].scan(local, None).table)
             server.gate.fail(1, "cut", "GET")
             images = list(read_images(root, found))
@@ -300,7 +304,7 @@ def test_parquet_by_url(tmp_path: Path) -> None:
     for ranges in (True, False):
         with serve_files(tmp_path, ranges) as server:
             _, (source,) = list_sources((f"{server.url}/p.parquet",), server.url)
-            found = FORMATS["parquet"].scan(source, None).table
+            found = FORMATS["parquet"].scan(source, None, None).table
             assert list(read_images(server.url, found)) == images
 
 

@@ -197,7 +197,7 @@ def scan(source: Source, uid_column: str | None = None, caption_column: str | No
     if source.name.endswith("/"):
         rows = _scan_directory(source, uid_column, caption_column)
         index.number_repeats(rows)
-        rows.extend(join_table(source, rows, uid_column, counts))
+        rows.extend(join_table(source, rows, uid_column, counts, caption_column))
     else:
         rows = _scan_table(source, uid_column, caption_column)
     return Scan(index.to_table(rows, source.name), counts)

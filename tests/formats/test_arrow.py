@@ -145,7 +145,7 @@ def test_what_is_not_whole(tmp_path: Path) -> None:
 
 def test_columns_that_are_missing_are_named(tmp_path: Path) -> None:
     (source,) = sources_of(write_folder(tmp_path / "d", pa.table({"a": [1], "b": ["x"]})))
-    with pytest.raises(InputError, match=r"must have a column of image bytes .* got a, b"):
+    with pytest.raises(InputError, match=r"must have a column of image bytes .* found a, b"):
         arrow.scan(source)
     (source,) = sources_of(write_folder(tmp_path / "e", make_table(2)))
     message = "caption_column must be one of sound, photo, caption, alt, likes; got text"
