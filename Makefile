@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/curate demo curate-demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

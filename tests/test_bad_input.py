@@ -44,6 +44,7 @@ from tests.support import (
 
 SHARD_SAMPLES = 8
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path d="M0 0h9"/></svg>'
+HTML = b"<!doctype html><script>alert(1)</script><img src=x onerror=alert(2)>"
 LONG = "an apple and a pear, " * 47_620
 
 #: Key -> reason, or None where the sample is to be kept; for samples of `bad.tar`.
@@ -51,6 +52,7 @@ SINGLE = {
     "zero_byte_image": "image_empty",
     "170_megapixels": "too_many_pixels",
     "svg_named_jpg": "decode_error",
+    "html_named_jpg": "decode_error",
     "million_characters": "caption_too_long",
     "nul_in_caption": "caption_invalid",
     "latin_1_caption": "caption_invalid",
@@ -75,6 +77,7 @@ def bad_members(image: bytes) -> Members:
         ("170_megapixels.png", megapixels(17_000, 10_000)),
         ("170_megapixels.txt", text),
         *pair("svg_named_jpg", SVG, text),
+        *pair("html_named_jpg", HTML, text),
         *pair("million_characters", image, LONG.encode()),
         *pair("nul_in_caption", image, b"one\0two"),
         *pair("latin_1_caption", image, "Käfer".encode("latin-1")),
@@ -150,8 +153,9 @@ def test_bad_sample(bad: Run, key: str) -> None:
 
 def test_what_only_poses_as_a_picture_never_reaches_the_page(bad: Run) -> None:
     samples = {sample["key"]: sample for sample in read_report(bad.out)["samples"]}
-    assert samples["svg_named_jpg"]["reason"] == "decode_error"
-    assert "picture" not in samples["svg_named_jpg"]
+    for key in ("svg_named_jpg", "html_named_jpg"):
+        assert samples[key]["reason"] == "decode_error"
+        assert "picture" not in samples[key]
     files = [path for path in (bad.out / "report").rglob("*") if path.is_file()]
     own = {"index.html", "data.js", "report.js", "report.css", "curves.json"}
     pictures = [path for path in files if path.name not in own]
@@ -502,7 +506,7 @@ def test_a_pool_named_as_another_layout(tmp_path: Path, named: str, said: str) -
         carry_out(tmp_path / "in", tmp_path / "out", ingest__format=named)
     assert "\n" not in str(error.value)
     if named == "parquet":
-        assert "got uid, url, text, original_width" in str(error.value)
+        assert "found uid, url, text, original_width" in str(error.value)
 
 
 def test_a_pool_with_a_row_less(tmp_path: Path) -> None:

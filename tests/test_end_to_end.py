@@ -47,7 +47,8 @@ ALLOWED = {
     "": r"\.lock|run\.json|run\.log",
     "decisions": SHARD,
     "shards": SHARD,
-    "ingest": rf"sources\.json|layout\.json|repeats\.npy|scan/{SHARD}",
+    "ingest": rf"(sources|skipped|layout)\.json|repeats\.npy|scan/{SHARD}",
+    "remove": "",
     "embed.vectors": r"precision\.json|concepts/(classifier|names)\.npy",
     "embed.pixels": "",
     "embed.thumbnails": "",
@@ -55,11 +56,12 @@ ALLOWED = {
     "dedup": r"(nodes|pixels|centroids|queries|query_rows|parts|labels|sizes|cluster_uids)\.npy"
     r"|earlier_(uids|cosines)\.npy"
     r"|caption_agreement\.npy|(queries|reach|groups|captions)\.json"
-    r"|(cells|detours|visits)/\d{5}\.npy|visits/\d{5}\.offsets\.npy|spots/\d{6}\.npy"
+    r"|(keys|cells|detours|visits)/\d{5}\.npy|visits/\d{5}\.offsets\.npy|spots/\d{6}\.npy"
     rf"|(edges|earlier)/\d{{6}}\.parquet|recall/(pilot|rest)-{SHARD}",
     "select": r"decisions\.parquet|summary\.json",
     "write": rf"layout\.json|decisions/{SHARD}",
-    "report": r"(report/)?(index\.html|report\.(js|css)|data\.js|thumbnails/\d{4}\.webp)",
+    "report": r"(report/)?(index\.html|report\.(js|css)|data\.js|curves\.json)"
+    r"|(report/)?thumbnails/\d{4}\.webp",
 }
 IN_EVERY_STAGE = rf"manifest\.json|origin\.json|done/[a-z]+/[0-9a-z-]+\.json|shards/{SHARD}"
 
@@ -231,7 +233,7 @@ def test_plan_computes_nothing(full: Run, tmp_path: Path) -> None:
     assert imported == "imported:"
     assert list_tree(full.out) == before
     states = {line.split()[1]: line.split(maxsplit=2)[::2] for line in lines if line[0] != " "}
-    states.pop("needed")
+    states.pop("tables:")
     for table in ("ingest", "embed.vectors", "embed.pixels", "embed.thumbnails", "dedup"):
         assert states[table] == ["done", "complete"]
     assert states["select"] == ["new", "select.min_side_px None -> 100"]
@@ -247,7 +249,7 @@ def test_changed_parameter_recomputes_what_depends_on_it(full: Run, changed: Run
     before, after = (read_summary(run.out)["stages"] for run in (full, changed))
     same = [name for name in before if before[name] == after[name]]
     embedded = ["embed.vectors", "embed.pixels", "embed.thumbnails"]
-    assert same == ["ingest", *embedded, "decontaminate", "dedup"]
+    assert same == ["ingest", "remove", *embedded, "decontaminate", "dedup"]
     new = stage_folders(changed.out) - stage_folders(full.out)
     assert {name.rpartition("-")[0] for name in new} == set(before) - set(same)
     assert "min_side_px: 100" in read_summary(changed.out)["pipeline"]

@@ -60,7 +60,7 @@ def call(*arguments: object, exit_code: int = 0) -> str:
 class InProcess(Here):
     """Takes the place of worker processes where these are not what is tested."""
 
-    threads = 1
+    count = threads = 1
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -73,6 +73,9 @@ class InProcess(Here):
 
     def warm(self, *arguments: object) -> None:
         pass
+
+    def describe_dashboard(self) -> str:
+        return "none"
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 def run_script(text: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a file as a user would: worker processes import it."""
+    # mlflow leaves the experiment of another test in the environment.
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith("MLFLOW_")}
     (folder / "script.py").write_text(text, "utf-8")
     return subprocess.run(
         [sys.executable, "script.py"],
@@ -31,7 +33,7 @@ def run_script(text: str, folder: Path, **environment: str) -> subprocess.Comple
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
     )
 
 

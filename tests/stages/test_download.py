@@ -424,7 +424,7 @@ def test_a_retry_that_was_killed_between_two_files(web: Web, tmp_path: Path) -> 
     for name in ("00000.parquet", "00000_stats.json"):  # as if these had not been written
         (folder / name).write_bytes(old[name])
     found = formats.FORMATS["webdataset"].scan(
-        formats.list_sources((str(folder),), str(folder))[1][0], None
+        formats.list_sources((str(folder),), str(folder))[1][0], None, None
     )
     assert found.table["ingest_reason"].null_count == 4
     assert found.counts == {"stats_disagree": 1}

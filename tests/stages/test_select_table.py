@@ -48,7 +48,9 @@ def test_captions_are_merged_as_said(
     walk = Walk(kept, representative, np.ones(200, np.float32), np.zeros(200, bool))
     uids = np.array([f"{i:032x}" for i in range(200)], "S32")
     failed = {"contaminated": ~kept}
-    decisions = Decisions(uids, captions, failed, walk, kept.astype(float), (rows, sources))
+    lists = pa.chunked_array([pa.nulls(200, pa.string())])
+    merged = (rows, sources)
+    decisions = Decisions(uids, captions, failed, lists, walk, kept.astype(float), merged)
     table = pa.concat_tables([decisions.table(0, 30), decisions.table(30, 200)])
     assert table["captions"].to_pylist() == [expected.get(row) for row in range(200)]
     assert table["failed_rules"].to_pylist() == [[] if k else ["contaminated"] for k in kept]
