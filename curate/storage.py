@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from curate.errors import AlignmentError, StorageError
-from curate.stores import ask, filesystem, is_http, is_local, open_file
+from curate.stores import ask, filesystem, is_http, is_local, open_binary
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -57,6 +57,7 @@ __all__ = [
     "read_json",
     "read_range",
     "read_row_group",
+    "read_rows",
     "read_table",
     "read_vectors",
     "relative",
@@ -160,16 +161,12 @@ def commit(url: str) -> Iterator[str]:
         If writing or publishing fails; nothing is left behind then.
     """
     fs, path = filesystem(url)
-    name = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}"
-    local = isinstance(fs, LocalFileSystem)
-    temporary = Path(path).parent / name if local else Path(tempfile.gettempdir()) / name
+    folder = Path(path).parent if isinstance(fs, LocalFileSystem) else Path(tempfile.gettempdir())
+    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield str(temporary)
-        if local:
-            os.replace(temporary, path)
-        else:
-            ask(fs, url, lambda: fs.put_file(str(temporary), path))
+        publish_file(str(temporary), url)
     except OSError as error:
         raise _storage_error(url, error) from error
     finally:
@@ -258,21 +255,6 @@ def read_range(url: str, start: int, end: int) -> bytes:
             file.seek(start)
             return file.read(end - start)
     return bytes(ask(fs, url, lambda: fs.cat_file(path, start=start, end=end)))
-
-
-def open_binary(url: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
-    """Open `url` for reading.
-
-    Parameters
-    ----------
-    buffer_bytes : int
-        How much of a remote file one request asks for at least; with 0, each read is one request.
-
-    Raises
-    ------
-    FileNotFoundError
-    """
-    return open_file(url, buffer_bytes)
 
 
 def commit_json(url: str, value: Any) -> None:
@@ -439,6 +421,29 @@ def read_row_group(url: str, number: int) -> pa.Table:
     """
     with open_binary(url) as file, pq.ParquetFile(file) as parquet:
         return parquet.read_row_group(number)
+
+
+def read_rows(url: str, rows: np.ndarray[Any, Any]) -> pa.Table:
+    """Return some rows, in ascending order, of a Parquet file, reading only their row groups.
+
+    Parameters
+    ----------
+    rows : (R,) int64
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    with open_binary(url) as file, pq.ParquetFile(file) as parquet:
+        known = parquet.metadata
+        sizes = [known.row_group(number).num_rows for number in range(known.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups, place = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
+        table = parquet.read_row_groups(groups.tolist())
+    lengths = np.array(sizes, np.int64)[groups]
+    # How far a row moves up when what lies before its row group is left out.
+    moved = (ends[groups] - lengths) - (np.cumsum(lengths) - lengths)
+    return table.take(pa.array(rows - moved[place]))
 
 
 def list_columns(url: str) -> list[str]:

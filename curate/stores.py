@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from curate.errors import InputError, StorageError
 
-__all__ = ["ask", "filesystem", "is_http", "is_local", "open_file"]
+__all__ = ["ask", "filesystem", "is_http", "is_local", "open_binary"]
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -147,7 +147,7 @@ def _failure(url: str, error: Exception, status: int | None) -> StorageError:
     )
 
 
-def open_file(url: str, buffer_bytes: int) -> BinaryIO:
+def open_binary(url: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
     """Open a file for reading, wherever it is.
 
     Parameters

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
@@ -123,3 +124,18 @@ def serve_files(folder: Path, ranges: bool = True) -> Iterator[Server]:
 
     with serve(app) as server:
         yield server
+
+
+@contextlib.contextmanager
+def use_s3() -> Iterator[tuple[Server, Any]]:
+    """Serve S3 to this process and those that it starts, with one bucket; yield a client, too."""
+    import s3fs
+
+    with pytest.MonkeyPatch.context() as patch, serve_s3() as server:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": server.url}.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("bucket")
+        yield server, fs
+        s3fs.S3FileSystem.clear_instance_cache()

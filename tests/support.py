@@ -113,6 +113,16 @@ def pair(key: str, image: bytes, caption: bytes) -> Members:
     return [(f"{key}.jpg", image), (f"{key}.txt", caption)]
 
 
+def write_samples(path: Path, samples: Iterable[tuple[str, bytes | None, str | None]]) -> Path:
+    """Write a tar of keys with a picture and a caption, either of which may be missing."""
+    members = []
+    for key, image, caption in samples:
+        for suffix, content in (("png", image), ("txt", caption and caption.encode())):
+            if content is not None:
+                members.append((f"{key}.{suffix}", content))
+    return write_tar(path, members)
+
+
 def write_subset(folder: Path, count: int, tars: int) -> Path:
     """Write samples of the bundled sample, good, bad and twins, as a few tars."""
     truth, pairs = sample_truth(), sample_pairs()

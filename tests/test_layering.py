@@ -46,7 +46,7 @@ CONFINED = {
     "img2dataset": ("download/shards.py",),
     "click": ("cli.py",),
     "mlflow": ("engine/tracking.py", "audit/tracking.py"),
-    "wandb": ("engine/tracking.py", "audit/tracking.py"),
+    "wandb": ("engine/tracking.py",),
     "rich": ("cli.py", "engine/progress.py", "engine/summary.py"),
     "pickle": (),
     "cloudpickle": (),

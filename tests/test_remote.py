@@ -17,7 +17,7 @@ from curate.cli import main
 from curate.engine import export as exports
 from curate.engine import runner
 from tests.exports import Here, Silent
-from tests.servers import CREDENTIALS, Server, serve_s3
+from tests.servers import Server, use_s3
 from tests.support import (
     assert_equal_decisions,
     assert_sound,
@@ -80,14 +80,8 @@ class InProcess(Here):
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
-    with pytest.MonkeyPatch.context() as patch, serve_s3() as server:
-        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": server.url}.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem()
-        fs.mkdir("bucket")
+    with use_s3() as (server, fs):
         yield Store(server, fs)
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @dataclass(frozen=True)

@@ -361,3 +361,13 @@ def test_mirror_stores_nothing_twice_on_disk(tmp_path: Path) -> None:
     assert storage.mirror(source, target)
     assert Path(f"{target}/a").read_bytes() == b"one"
     assert storage.list_names(target) == ["a"]
+
+
+@pytest.mark.parametrize("rows", [[0], [4], [2, 3, 9], [0, 1, 5, 6, 9], list(range(10)), []])
+def test_some_rows_of_a_table_are_read_by_their_row_groups(tmp_path: Path, rows: list[int]) -> None:
+    table = pa.table({"a": range(10), "b": [f"{i}" for i in range(10)]})
+    with pq.ParquetWriter(tmp_path / "t.parquet", table.schema) as writer:
+        for start, stop in ((0, 3), (3, 4), (4, 9), (9, 10)):
+            writer.write_table(table.slice(start, stop - start))
+    found = storage.read_rows(str(tmp_path / "t.parquet"), np.array(rows, np.int64))
+    assert found.equals(table.take(pa.array(rows, pa.int64())))

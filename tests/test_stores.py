@@ -19,7 +19,7 @@ from curate.engine import lease
 from curate.errors import CurateError, InputError, OutputError, StorageError
 from curate.formats import FORMATS, list_sources, read_images
 from curate.formats.sources import Source, find_root, identify
-from tests.servers import CREDENTIALS, Server, serve_files, serve_s3
+from tests.servers import Server, serve_files, use_s3
 from tests.support import write_tar
 
 s3fs = pytest.importorskip("s3fs")
@@ -28,13 +28,8 @@ pytest.importorskip("moto.server")
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch, serve_s3() as server:
-        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": server.url}.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
+    with use_s3() as (server, _):
         yield server
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

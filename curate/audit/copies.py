@@ -1,6 +1,7 @@
 """Copies among candidates and held-out pairs: what must not be held out, and what is seen often."""
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from curate.audit.panel import Panel
+from curate.audit.panel import IMAGE_BATCH, MAX_PIXELS, Panel
 from curate.config import load_pipeline
 from curate.dedup.groups import label_components
 from curate.formats.pixels import decode, make_thumbnail, read_thumbnail
@@ -22,9 +23,7 @@ __all__ = ["Copies", "Looks", "find_copies", "look_at"]
 
 Array = np.ndarray[Any, Any]
 
-_MAX_PIXELS = 100_000_000
 _THUMBNAIL_PX = 128
-_BATCH = 32
 #: Candidates held at once.
 _CHUNK = 1024
 
@@ -65,37 +64,29 @@ class Looks:
 def look_at(panel: Panel, encoder: "Encoder | None") -> Looks:
     """Decode the panel's pictures once."""
     from curate.models.clip_proxy import pick_dtype
-    from curate.models.encoders import Precision, pad_rows, torch_threads
+    from curate.models.encoders import Precision, embed_pictures, torch_threads
     from curate.models.precision import pick_device
 
     # What finds copies may be rough, and is the dearest part: this runs five times as fast.
     precision = Precision(pick_dtype(pick_device()), channels_last=True)
     working_px = max(_THUMBNAIL_PX, encoder.image_px if encoder else 0)
     found = Looks(np.zeros(len(panel), bool))
-    if encoder is not None:
-        found.vectors = np.zeros((len(panel), encoder.image_width), np.float32)
-    waiting: list[tuple[int, Array]] = []
 
-    def flush() -> None:
-        if waiting and encoder is not None and found.vectors is not None:
-            rows = [row for row, _ in waiting]
-            batch = pad_rows(np.stack([one for _, one in waiting]), _BATCH)
-            found.vectors[rows] = encoder.encode_images(batch, precision)[: len(rows)]
-            waiting.clear()
-
-    with torch_threads(1):
+    def look() -> Iterator[Array | None]:
         for row, data in enumerate(panel.read()):
-            picture = decode(data, _MAX_PIXELS, working_px).image if data else None
+            picture = decode(data, MAX_PIXELS, working_px).image if data else None
             found.sha256.append(hashlib.sha256(data).hexdigest() if data else "")
             found.pixels.append("" if picture is None else _hash_pixels(picture))
             small = b"" if picture is None else make_thumbnail(picture, _THUMBNAIL_PX)
             found.thumbnails.append(small)
             found.valid[row] = picture is not None
-            if picture is not None and encoder is not None:
-                waiting.append((row, encoder.prepare(picture)))
-            if len(waiting) == _BATCH:
-                flush()
-        flush()
+            yield None if picture is None or encoder is None else encoder.prepare(picture)
+
+    if encoder is None:
+        deque(look(), maxlen=0)
+        return found
+    with torch_threads(1):
+        found.vectors, _ = embed_pictures(encoder, look(), len(panel), IMAGE_BATCH, precision)
     return found
 
 

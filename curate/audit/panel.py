@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from curate import formats, storage
@@ -20,14 +19,22 @@ from curate.stages.ingest import assign_uids
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder
 
-__all__ = ["Panel", "embed_panel", "finished_run", "join_run", "list_samples"]
+__all__ = [
+    "IMAGE_BATCH",
+    "MAX_PIXELS",
+    "Panel",
+    "embed_panel",
+    "finished_run",
+    "join_run",
+    "list_samples",
+]
 
 Array = np.ndarray[Any, Any]
 
 #: As `embed.max_pixels` of the shipped pipelines.
-_MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000
 #: Images and captions per inference batch, to which the last is filled up.
-_IMAGE_BATCH, _TEXT_BATCH = 32, 64
+IMAGE_BATCH, _TEXT_BATCH = 32, 64
 _WHERE = ("source_file", "member", "offset", "size_bytes", "row_group", "row")
 _COLUMNS = ("uid", "key", *_WHERE, "caption")
 #: What a run's decisions tell of a candidate.
@@ -80,7 +87,7 @@ class Panel:
     def pictures(self, working_px: int) -> Iterator[Image.Image | None]:
         """Yield decoded images, in order; None where one cannot be decoded."""
         for data in self.read():
-            yield decode(data, _MAX_PIXELS, working_px).image if data else None
+            yield decode(data, MAX_PIXELS, working_px).image if data else None
 
 
 def finished_run(inputs: Sequence[str]) -> str | None:
@@ -156,9 +163,7 @@ def join_run(out: str, uids: list[str]) -> dict[str, Array]:
     clusters = np.array(uids, dtype=object)
     known = 0
     for name in storage.list_names(folder):
-        fs, path = storage.filesystem(storage.join(folder, name))
-        with fs.open(path, "rb") as file:
-            table = pq.read_table(file, columns=["uid", *_DECISIONS])
+        table = storage.read_table(storage.join(folder, name), ["uid", *_DECISIONS])
         rows = [
             (row, places[uid]) for row, uid in enumerate(table["uid"].to_pylist()) if uid in places
         ]
@@ -188,28 +193,11 @@ def embed_panel(encoder: "Encoder", panel: Panel) -> tuple[dict[str, Array], Arr
         "image" and "text"; zeros where an image cannot be decoded.
     valid : (N,) bool
     """
-    from curate.models.encoders import Precision, embed_captions, pad_rows, torch_threads
+    from curate.models.encoders import Precision, embed_captions, embed_pictures, torch_threads
 
-    images = np.zeros((len(panel), encoder.image_width), np.float32)
-    valid = np.zeros(len(panel), bool)
-    rows: list[int] = []
-    batch: list[Array] = []
-
-    def flush() -> None:
-        if batch:
-            padded = pad_rows(np.stack(batch), _IMAGE_BATCH)
-            images[rows] = encoder.encode_images(padded, Precision())[: len(batch)]
-            valid[rows] = True
-            batch.clear()
-            rows.clear()
-
+    pictures = panel.pictures(encoder.image_px)
+    prepared = (None if picture is None else encoder.prepare(picture) for picture in pictures)
     with torch_threads(1):  # sums depend on thread counts
-        for row, picture in enumerate(panel.pictures(encoder.image_px)):
-            if picture is not None:
-                rows.append(row)
-                batch.append(encoder.prepare(picture))
-            if len(batch) == _IMAGE_BATCH:
-                flush()
-        flush()
+        images, valid = embed_pictures(encoder, prepared, len(panel), IMAGE_BATCH, Precision())
         texts, _ = embed_captions(encoder, panel.captions, _TEXT_BATCH, Precision())
     return {"image": images, "text": texts}, valid

@@ -4,17 +4,28 @@ Where to is each tracker's own business: MLFLOW_TRACKING_URI, WANDB_MODE and the
 A tracker that fails costs a warning, never a run.
 """
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from curate import storage
 from curate.errors import ConfigError
 
-__all__ = ["TRACKERS", "check_tracker", "list_counts", "list_curves", "list_parameters", "track"]
+__all__ = [
+    "TRACKERS",
+    "check_tracker",
+    "list_counts",
+    "list_curves",
+    "list_parameters",
+    "open_mlflow",
+    "open_wandb",
+    "track",
+    "try_tracker",
+]
 
 _LOG = logging.getLogger("curate")
 
@@ -53,16 +64,50 @@ def track(tracker: str, summary: dict[str, Any], out: str) -> bool:
         What `run.json` holds.
     out : str
     """
+    write = {"mlflow": _to_mlflow, "wandb": _to_wandb}[tracker]
+    advice = ". Mend that and give the same command again: nothing is computed anew."
+    return try_tracker(tracker, lambda: write(summary, out), "run", advice)
+
+
+def try_tracker(tracker: str, write: Callable[[], None], what: str, advice: str = "") -> bool:
+    """Call `write`, which may fail in any way, at the cost of a warning; tell whether it did not.
+
+    Parameters
+    ----------
+    tracker : str
+    write : callable
+    what : str
+        What is complete without it.
+    advice : str
+    """
     try:
-        {"mlflow": _to_mlflow, "wandb": _to_wandb}[tracker](summary, out)
+        write()
     except Exception as error:  # whatever a tracker, its server or its disk comes up with
         why = str(error).partition("\n")[0] or type(error).__name__
         _LOG.warning(
-            "--track %s: the run is complete, but was not tracked: %s. Mend that and give the "
-            "same command again: nothing is computed anew.", tracker, why,
-        )  # fmt: skip
+            "--track %s: the %s is complete, but was not tracked: %s%s", tracker, what, why, advice
+        )
         return False
     return True
+
+
+@contextlib.contextmanager
+def open_mlflow(project: str, name: str) -> Iterator[Any]:
+    """Open a run of MLflow in the experiment `project`, unless its own variables name another."""
+    import mlflow
+
+    if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
+        mlflow.set_experiment(project)
+    with mlflow.start_run(run_name=name) as run:
+        yield run
+
+
+def open_wandb(project: str, name: str, parameters: Mapping[str, str]) -> Any:
+    """Open a run of wandb, a context, in a project, unless its own variable names another."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", project)
+    return wandb.init(project=project, name=name, config=dict(parameters))
 
 
 def list_parameters(summary: dict[str, Any]) -> dict[str, str]:
@@ -124,9 +169,7 @@ def _to_mlflow(summary: dict[str, Any], out: str) -> None:
     import mlflow
     from mlflow.entities import Metric
 
-    if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
-        mlflow.set_experiment(_PROJECT)
-    with mlflow.start_run(run_name=_name(out)) as run:
+    with open_mlflow(_PROJECT, _name(out)) as run:
         texts = [(name, value[:_MOST_CHARS]) for name, value in list_parameters(summary).items()]
         for start in range(0, len(texts), _MOST_AT_ONCE):
             mlflow.log_params(dict(texts[start : start + _MOST_AT_ONCE]))
@@ -149,11 +192,7 @@ def _to_mlflow(summary: dict[str, Any], out: str) -> None:
 def _to_wandb(summary: dict[str, Any], out: str) -> None:
     import wandb
 
-    with wandb.init(
-        project=os.environ.get("WANDB_PROJECT", _PROJECT),
-        name=_name(out),
-        config=list_parameters(summary),
-    ) as run:
+    with open_wandb(_PROJECT, _name(out), list_parameters(summary)) as run:
         run.summary.update(list_counts(summary))
         for name, points in list_curves(out):
             if not points:

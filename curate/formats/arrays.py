@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.errors import InputError, SourceChangedError
-from curate.formats.sources import Source, open_binary
+from curate.errors import InputError
+from curate.formats.sources import Source, first_line, open_binary, rows_changed
 
 __all__ = ["Pair", "Stored", "list_arrays", "no_images", "normalise", "open_array"]
 
@@ -70,10 +70,7 @@ class Stored:
             with open_binary(self.url) as file, np.load(file, allow_pickle=False) as arrays:
                 return np.asarray(arrays[self.member][rows])
         except (*_UNREADABLE, OSError) as error:
-            raise SourceChangedError(
-                f"{self.name}: must hold the rows that were indexed; it does not. "
-                "Put it back or start anew."
-            ) from error
+            raise rows_changed(self.name) from error
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def open_array(url: str, name: str, member: str | None = None) -> Stored:
                         shape, dtype, is_whole = _read_header(inner, held.file_size)
     except (*_UNREADABLE, OSError) as error:
         raise InputError(
-            f"{shown}: must be a whole NumPy array; cannot be read: {_first_line(error)}. "
+            f"{shown}: must be a whole NumPy array; cannot be read: {first_line(error)}. "
             "Copy it again."
         ) from error
     if dtype.kind != "f":
@@ -136,7 +133,7 @@ def list_arrays(url: str, name: str) -> list[str]:
             names = archive.namelist()
     except (*_UNREADABLE, OSError) as error:
         raise InputError(
-            f"{name}: must be a whole .npz; cannot be read: {_first_line(error)}. Copy it again."
+            f"{name}: must be a whole .npz; cannot be read: {first_line(error)}. Copy it again."
         ) from error
     return sorted(one.removesuffix(".npy") for one in names if one.endswith(".npy"))
 
@@ -155,10 +152,6 @@ def _read_header(file: Any, size_bytes: int) -> tuple[tuple[int, ...], np.dtype[
     shape, _, dtype = read(file)
     need_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
     return shape, dtype, file.tell() + need_bytes <= size_bytes
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def normalise(vectors: Array) -> tuple[Array, Array]:

@@ -4,7 +4,6 @@ A `DatasetDict` is such a folder per split. A sample lies in a record batch, who
 the index says, so that images are read by ranges.
 """
 
-import contextlib
 import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate import storage
-from curate.errors import InputError, SourceChangedError
+from curate.errors import InputError
 from curate.formats import index
 from curate.formats.index import Row, Scan
 from curate.formats.parquet import (
@@ -27,12 +26,22 @@ from curate.formats.parquet import (
     pick_images,
     read_fields,
 )
-from curate.formats.sources import File, Source, check_name, list_folder, open_binary, parent
+from curate.formats.sources import (
+    UNREADABLE,
+    File,
+    Source,
+    check_name,
+    list_folder,
+    open_binary,
+    parent,
+    readable,
+    rows_changed,
+)
 
 __all__ = ["group", "read_images", "scan"]
 
 _STATE = "state.json"
-_UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
+_WHOLE = "a whole Arrow stream, as save_to_disk writes"
 
 
 def group(files: list[File]) -> list[Source]:
@@ -84,18 +93,6 @@ def _read_state(folder: str, name: str) -> set[str] | None:
     return files
 
 
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except _UNREADABLE as error:
-        why = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"{name}: must be a whole Arrow stream, as save_to_disk writes; cannot be read: {why}. "
-            "Remove it or copy it again."
-        ) from error
-
-
 def _messages(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield the messages of a stream from where the file is on, and where each begins."""
     stream = pa.PythonFile(file, mode="r")
@@ -131,7 +128,7 @@ def scan(source: Source, uid_column: str | None = None, caption_column: str | No
     """
     rows: list[Row] = []
     head, roles, plain, elsewhere = b"", None, list[str](), 0
-    with _readable(source.name), open_binary(source.url) as file:
+    with readable(source.name, _WHOLE), open_binary(source.url) as file:
         for begin, message in _messages(file):
             if message.type != "record batch":
                 head += message.serialize().to_pybytes()
@@ -191,11 +188,8 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
                     images = pick_images(batch.column(roles.image), roles)
                 assert images is not None
                 yield images[row].as_py()
-    except (InputError, StopIteration, IndexError, *_UNREADABLE) as error:
-        raise SourceChangedError(
-            f"{source.name}: must hold the rows that were indexed; it does not. "
-            "Put it back or start anew."
-        ) from error
+    except (InputError, StopIteration, IndexError, *UNREADABLE) as error:
+        raise rows_changed(source.name) from error
 
 
 def _read_head(file: BinaryIO, name: str) -> tuple[bytes, Roles]:

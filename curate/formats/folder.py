@@ -19,6 +19,7 @@ from curate.formats.img2dataset import STATS, join_table
 from curate.formats.index import Row, Scan
 from curate.formats.parquet import PATH_NAMES, find_path_column, read_fields
 from curate.formats.sources import (
+    TABLES,
     File,
     Source,
     check_name,
@@ -31,7 +32,6 @@ from curate.stores import ask
 
 __all__ = ["group", "read_images", "read_records", "scan"]
 
-_TABLES = ("csv", "tsv", "jsonl", "parquet")
 _IMAGES = (*index.IMAGE_SUFFIXES, *index.OTHER_IMAGE_SUFFIXES)
 
 
@@ -54,7 +54,7 @@ def group(files: list[File]) -> list[Source]:
     tables = [
         file
         for file in files
-        if split_suffix(file.name)[1] in _TABLES and _stem(file) not in downloaded
+        if split_suffix(file.name)[1] in TABLES and _stem(file) not in downloaded
     ]
     usable = [file for file in tables if _path_column(file.url) is not None]
     covered = {parent(file.name) for file in usable}

@@ -21,17 +21,17 @@ import pyarrow.parquet as pq
 from curate import storage
 from curate.errors import InputError
 from curate.formats import index
-from curate.formats.sources import File, open_binary, split_suffix
+from curate.formats.sources import File, open_binary, readable, split_suffix
 
 __all__ = [
     "DIGEST",
     "HASHES",
-    "TABLES",
     "Runs",
     "digest",
     "find_key",
     "hash_bytes",
     "hash_whole",
+    "is_hash",
     "list_columns",
     "read_batches",
     "read_lines",
@@ -44,15 +44,12 @@ Array = np.ndarray[Any, Any]
 DIGEST = np.dtype("S16")
 #: Digits of the hashes that keys may be.
 HASHES = {"md5": 32, "sha256": 64}
-#: Suffixes of files with columns; others are lists with one key a line.
-TABLES = ("parquet", "csv", "tsv", "jsonl")
 
 _BATCH_ROWS = 1 << 16
 #: Rows of a run: as digests 64 MB, as much again for two columns.
 _RUN_ROWS = 1 << 22
 _HASH_BYTES = 1 << 22
-_HEX = re.compile(r"[0-9a-f]*")
-_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+_HEX = re.compile(r"[0-9a-fA-F]*")
 
 
 def hash_whole(file: File) -> str:
@@ -64,16 +61,8 @@ def hash_whole(file: File) -> str:
     return content.hexdigest()
 
 
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except _UNREADABLE as error:
-        why = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"{name}: must be a whole table of numbers by key; cannot be read: {why}. Mend it or "
-            "copy it again."
-        ) from error
+def _whole(name: str) -> contextlib.AbstractContextManager[None]:
+    return readable(name, "a whole table of numbers by key", "Mend it or copy it again.")
 
 
 def list_columns(file: File) -> dict[str, pa.DataType | None]:
@@ -85,7 +74,7 @@ def list_columns(file: File) -> dict[str, pa.DataType | None]:
         If it is not whole.
     """
     suffix = split_suffix(file.name)[1]
-    with _readable(file.name), open_binary(file.url) as opened:
+    with _whole(file.name), open_binary(file.url) as opened:
         if suffix == "parquet":
             return {field.name: field.type for field in pq.read_schema(opened)}
         if suffix == "jsonl":
@@ -171,7 +160,7 @@ def read_batches(
     InputError
         If the table is not whole, or what should be numbers is not.
     """
-    with _readable(file.name), open_binary(file.url) as opened:
+    with _whole(file.name), open_binary(file.url) as opened:
         for table in _tables(opened, split_suffix(file.name)[1], key, values):
             keys = table[key].cast(pa.string()).to_pylist()
             numbers = np.full((len(keys), len(values)), np.nan)
@@ -207,7 +196,7 @@ def read_lines(file: File) -> Iterator[tuple[list[str | None], Array]]:
     InputError
         If it is not UTF-8.
     """
-    with _readable(file.name), open_binary(file.url) as opened:
+    with _whole(file.name), open_binary(file.url) as opened:
         lines = io.TextIOWrapper(opened, "utf-8-sig")
         while block := list(itertools.islice(lines, _BATCH_ROWS)):
             yield list(block), np.zeros((len(block), 0))
@@ -230,17 +219,21 @@ def digest(texts: Sequence[str], kind: str, where: str) -> Array:
     InputError
         If a hash is not one.
     """
-    digits = HASHES.get(kind)
-    if digits is None:
+    if kind not in HASHES:
         return _shorten(text.encode("utf-8", "surrogatepass") for text in texts)
     lowered = [text.lower() for text in texts]
     for text in lowered:
-        if len(text) != digits or not _HEX.fullmatch(text):
+        if not is_hash(text, kind):
             raise InputError(
-                f"{where}: a {kind} must be {digits} hex digits; got {text[:80]!r}. Correct it, or "
-                "say what the list holds."
+                f"{where}: a {kind} must be {HASHES[kind]} hex digits; got {text[:80]!r}. "
+                "Correct it, or say what the list holds."
             )
     return _shorten(map(bytes.fromhex, lowered))
+
+
+def is_hash(text: str, kind: str) -> bool:
+    """Tell whether a text has the form of a hash, a key of `HASHES`."""
+    return len(text) == HASHES[kind] and _HEX.fullmatch(text) is not None
 
 
 def _shorten(keys: Iterable[bytes]) -> Array:

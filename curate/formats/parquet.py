@@ -10,11 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.errors import InputError, SourceChangedError
+from curate.errors import InputError
 from curate.formats import index
 from curate.formats.img2dataset import NO_IMAGE, STATS, check_stats, failure
 from curate.formats.index import Row, Scan
-from curate.formats.sources import File, Source, check_name, open_binary, split_suffix
+from curate.formats.sources import (
+    File,
+    Source,
+    check_name,
+    open_binary,
+    readable,
+    rows_changed,
+    split_suffix,
+)
 
 __all__ = [
     "PATH_NAMES",
@@ -105,19 +113,8 @@ def names_images(files: list[File]) -> bool:
 
 @contextlib.contextmanager
 def _opened(url: str, name: str) -> Iterator[pq.ParquetFile]:
-    with open_binary(url) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{name}: must be a whole Parquet file; cannot be read: {_first_line(error)}. "
-                "Remove it or copy it again."
-            ) from error
-        yield parquet
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+    with open_binary(url) as file, readable(name, "a whole Parquet file"):
+        yield pq.ParquetFile(file)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -217,23 +214,17 @@ def scan(source: Source, uid_column: str | None = None, caption_column: str | No
         schema = parquet.schema_arrow
         roles = find_roles(schema, source.name, uid_column, caption_column)
         columns = [f.name for f in schema if is_plain(f.type) and f.name != roles.image]
-        try:
-            for number in range(parquet.num_row_groups):
-                sizes = _sizes(parquet, number, roles)
-                if roles.is_struct and sizes is not None and None in sizes:
-                    column = parquet.read_row_group(number, [roles.image])[roles.image]
-                    elsewhere += count_elsewhere(column)
-                table = parquet.read_row_group(number, columns)
-                for i, fields in enumerate(read_fields(table) or [{}] * table.num_rows):
-                    row = make_row(fields, len(rows), roles, uid_column)
-                    row.row_group, row.row = number, i
-                    note_image(row, sizes[i] if sizes is not None else None, sizes is not None)
-                    rows.append(row)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{source.name}: must be a whole Parquet file; cannot be read: "
-                f"{_first_line(error)}. Remove it or copy it again."
-            ) from error
+        for number in range(parquet.num_row_groups):
+            sizes = _sizes(parquet, number, roles)
+            if roles.is_struct and sizes is not None and None in sizes:
+                column = parquet.read_row_group(number, [roles.image])[roles.image]
+                elsewhere += count_elsewhere(column)
+            table = parquet.read_row_group(number, columns)
+            for i, fields in enumerate(read_fields(table) or [{}] * table.num_rows):
+                row = make_row(fields, len(rows), roles, uid_column)
+                row.row_group, row.row = number, i
+                note_image(row, sizes[i] if sizes is not None else None, sizes is not None)
+                rows.append(row)
     index.number_repeats(rows)
     counts = note_elsewhere(source, elsewhere)
     images = sum(row.ingest_reason not in (*NO_IMAGE, "image_missing") for row in rows)
@@ -299,20 +290,14 @@ def read_rows(
         texts = [one for one in columns if _is_text(schema.field(one).type)]
         caption = caption_column or index.find_name(texts, index.CAPTION_NAMES)
         roles = Roles("", False, caption, index.find_name(columns, key_names))
-        try:
-            for number in range(parquet.num_row_groups):
-                table = parquet.read_row_group(number, columns)
-                for fields in read_fields(table) or [{}] * table.num_rows:
-                    row = make_row(fields, len(rows), roles, uid_column)
-                    if caption is None and row.ingest_reason == "caption_missing":
-                        row.ingest_reason = None
-                    row.row = len(rows)
-                    rows.append(row)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{name}: must be a whole Parquet file; cannot be read: {_first_line(error)}. "
-                "Remove it or copy it again."
-            ) from error
+        for number in range(parquet.num_row_groups):
+            table = parquet.read_row_group(number, columns)
+            for fields in read_fields(table) or [{}] * table.num_rows:
+                row = make_row(fields, len(rows), roles, uid_column)
+                if caption is None and row.ingest_reason == "caption_missing":
+                    row.ingest_reason = None
+                row.row = len(rows)
+                rows.append(row)
     index.number_repeats(rows, is_fault=False)
     return rows
 
@@ -423,10 +408,6 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
         If the file is gone or no longer holds the row.
     """
     wanted = zip(rows["row_group"].to_pylist(), rows["row"].to_pylist(), strict=True)
-    changed = SourceChangedError(
-        f"{source.name}: must hold the rows that were indexed; it does not. "
-        "Put it back or start anew."
-    )
     try:
         with _opened(source.url, source.name) as parquet:
             roles = find_roles(parquet.schema_arrow, source.name)
@@ -440,8 +421,8 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
                     image = next(stream)
                 at = row
                 yield image
-    except (InputError, StopIteration, IndexError, pa.ArrowException, OSError) as error:
-        raise changed from error
+    except (InputError, StopIteration, IndexError, OSError) as error:
+        raise rows_changed(source.name) from error
 
 
 def _stream(parquet: pq.ParquetFile, number: int, roles: Roles) -> Iterator[bytes | None]:

@@ -1,5 +1,6 @@
 """From what the user names (files, folders, patterns, URLs) to files with relative names."""
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from curate import storage
@@ -18,16 +20,21 @@ from curate.errors import InputError, SourceChangedError
 from curate.stores import ask, is_http
 
 __all__ = [
+    "TABLES",
+    "UNREADABLE",
     "File",
     "Source",
     "check_name",
     "find_root",
+    "first_line",
     "identify",
     "list_files",
     "list_folder",
     "locate",
     "open_binary",
     "parent",
+    "readable",
+    "rows_changed",
     "split_suffix",
 ]
 
@@ -41,7 +48,11 @@ _CHECKSUMS = (
     *("md5Hash", "content_md5", "crc32c", "ETag", "etag", "checksum"),
     *("Content-MD5", "Digest", "Last-Modified"),
 )
-_SOURCE_SUFFIXES = ("tar", "parquet", "csv", "tsv", "jsonl")
+#: Suffixes of tables.
+TABLES = ("parquet", "csv", "tsv", "jsonl")
+_SOURCE_SUFFIXES = ("tar", *TABLES)
+#: What reading a damaged table raises.
+UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +171,43 @@ def open_binary(url: str, buffer_bytes: int = 1 << 20) -> BinaryIO:
         raise SourceChangedError(
             f"{url}: must stay as it is while runs use it; {why}. Put it back or start anew."
         ) from error
+
+
+@contextlib.contextmanager
+def readable(name: str, what: str, advice: str = "Remove it or copy it again.") -> Iterator[None]:
+    """Say in one line that a table cannot be read.
+
+    Parameters
+    ----------
+    name : str
+        Of the file.
+    what : str
+        What it must be.
+    advice : str
+
+    Raises
+    ------
+    InputError
+        If the block finds it damaged.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        raise InputError(
+            f"{name}: must be {what}; cannot be read: {first_line(error)}. {advice}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind."""
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def rows_changed(name: str) -> SourceChangedError:
+    """Return the error of a source whose rows are not those that were indexed."""
+    return SourceChangedError(
+        f"{name}: must hold the rows that were indexed; it does not. Put it back or start anew."
+    )
 
 
 def _patterns(inputs: Iterable[str]) -> Iterator[tuple[fsspec.AbstractFileSystem, str, str]]:

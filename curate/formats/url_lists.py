@@ -14,13 +14,20 @@ from curate.formats import index
 from curate.formats.folder import read_records
 from curate.formats.img2dataset import STATS
 from curate.formats.parquet import PATH_NAMES, holds_images
-from curate.formats.sources import File, Source, check_name, list_files, open_binary, split_suffix
+from curate.formats.sources import (
+    TABLES,
+    File,
+    Source,
+    check_name,
+    list_files,
+    open_binary,
+    split_suffix,
+)
 
 __all__ = ["URL_NAMES", "Columns", "find_columns", "find_lists", "read_rows", "to_array"]
 
 URL_NAMES = ("url", "URL", "image_url", "IMAGE_URL", "img_url", "Url")
 _CAPTION_NAMES = (*index.CAPTION_NAMES, "CAPTION", "Caption", "alt", "alt_text")
-_TABLES = ("parquet", "csv", "tsv", "jsonl")
 #: What img2dataset writes beside the columns of a list; a list's own of these names are renamed.
 _TAKEN = frozenset(
     (
@@ -81,7 +88,7 @@ def find_lists(
     if all(split_suffix(text)[1] in _NO_LISTS for text in inputs):
         return None  # without listing what may be many
     files = list_files(inputs, root)
-    tables = [file for file in files if split_suffix(file.name)[1] in _TABLES]
+    tables = [file for file in files if split_suffix(file.name)[1] in TABLES]
     suffixes = {split_suffix(file.name)[1] for file in files}
     if not tables or suffixes & set(_NO_LISTS):
         return None

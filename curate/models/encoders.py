@@ -7,7 +7,8 @@ weights come inside packages).
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ __all__ = [
     "Precision",
     "batches",
     "embed_captions",
+    "embed_pictures",
     "load_checkpoint",
     "load_encoder",
     "pad_rows",
@@ -400,6 +402,43 @@ def pad_tokens(encoder: Encoder, tokens: Sequence[np.ndarray[Any, Any]]) -> np.n
 
 def _padded_length(encoder: Encoder, length: int) -> int:
     return next((one for one in encoder.text_lengths if one >= length), encoder.text_lengths[-1])
+
+
+def embed_pictures(
+    encoder: Encoder,
+    prepared: Iterable[np.ndarray[Any, Any] | None],
+    count: int,
+    size: int,
+    precision: Precision,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Embed pictures in batches that are filled across those that are missing.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    prepared : iterable of array or None, length N
+        What `encoder.prepare` returns; None where there is no picture.
+    count : int
+        N.
+    size : int
+        Pictures per batch, to which the last is filled up.
+    precision : Precision
+
+    Returns
+    -------
+    vectors : (N, image_width) float32, unit norm
+        Zeros where there is no picture.
+    valid : (N,) bool
+    """
+    vectors = np.zeros((count, encoder.image_width), np.float32)
+    valid = np.zeros(count, bool)
+    given = ((row, one) for row, one in enumerate(prepared) if one is not None)
+    while block := list(itertools.islice(given, size)):
+        rows = [row for row, _ in block]
+        batch = pad_rows(np.stack([one for _, one in block]), size)
+        vectors[rows] = encoder.encode_images(batch, precision)[: len(rows)]
+        valid[rows] = True
+    return vectors, valid
 
 
 def embed_captions(

@@ -128,8 +128,7 @@ def _collapse(room: Room, task: str) -> dict[str, float]:
 
     Equal are equal bytes, and equal vectors where pixels are not asked or there are none.
     """
-    names, valid = (read_keys(room, column) for column in ("uid", "usable"))
-    keys = (read_keys(room, column) for column in ("bytes", "vector"))
+    names, valid, pixels, *keys = read_keys(room, "uid", "usable", "pixels", "bytes", "vector")
     edges = [groups.equal_value_edges(values, values != b"") for values in keys]
     left, right = (np.concatenate(ends) for ends in zip(*edges, strict=True))
     # The lowest uid of those that have a vector: shards may come in any order.
@@ -137,13 +136,13 @@ def _collapse(room: Room, task: str) -> dict[str, float]:
     order[np.lexsort((names, ~valid))] = np.arange(len(names))
     nodes = groups.label_components(len(names), left, right, order)
     storage.commit_array(room.path("nodes.npy"), nodes)
-    storage.commit_array(room.path("pixels.npy"), read_keys(room, "pixels"))
+    storage.commit_array(room.path("pixels.npy"), pixels)
     return {"samples": len(names), "equal": int((nodes != np.arange(len(nodes))).sum())}
 
 
 def _group(room: Room, task: str) -> dict[str, float]:
     """Commit cluster labels of all rows, and what `run.json` says about them."""
-    names = read_keys(room, "uid")
+    (names,) = read_keys(room, "uid")
     total = len(names)
     left, right, _ = read_edges(room, "edges")
     spots = read_spots(room)

@@ -101,8 +101,8 @@ def commit_keys(room: Room, shard: str) -> dict[str, float]:
     from curate.dedup.neighbors import row_digests
 
     stage = dedup_stage(room)
-    table = room.read(shard, ["sha256"])
-    vectors, valid = storage.read_vectors(room.read(shard, ["image_emb"])["image_emb"])
+    table = room.read(shard, ["sha256", "image_emb"])
+    vectors, valid = storage.read_vectors(table["image_emb"])
     keys = np.zeros(len(table), _KEYS)
     uids, digests = (table[name].fill_null("").to_pylist() for name in ("uid", "sha256"))
     keys["uid"], keys["bytes"] = uids, [digest[-32:] for digest in digests]  # 128 bits are enough
@@ -116,17 +116,17 @@ def commit_keys(room: Room, shard: str) -> dict[str, float]:
     return {"samples": len(table)}
 
 
-def read_keys(room: Room, column: str) -> Array:
-    """Return one of the keys of all samples: (N,)."""
+def read_keys(room: Room, *columns: str) -> tuple[Array, ...]:
+    """Return some of the keys of all samples: (N,) each."""
     files = [storage.read_array(room.path("keys", f"{shard}.npy")) for shard in room.shards()]
-    return np.concatenate([keys[column] for keys in files])
+    return tuple(np.concatenate([keys[column] for keys in files]) for column in columns)
 
 
 def draw_vectors(room: Room, count: int, purpose: str) -> tuple[Array, Array]:
     """Return the vectors with the `count` smallest draws, and their global rows, in that order."""
-    nodes = read_nodes(room)
-    rows = np.flatnonzero(read_keys(room, "usable") & (nodes == np.arange(len(nodes))))
-    rows = rows[np.argsort(read_keys(room, purpose)[rows], kind="stable")[:count]]
+    nodes, (usable, draws) = read_nodes(room), read_keys(room, "usable", purpose)
+    rows = np.flatnonzero(usable & (nodes == np.arange(len(nodes))))
+    rows = rows[np.argsort(draws[rows], kind="stable")[:count]]
     found: Array = np.zeros((len(rows), 0), np.float16)
     for shard, start in zip(room.shards(), shard_starts(room), strict=False):
         vectors = shard_vectors(room, shard)

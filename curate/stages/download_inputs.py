@@ -10,9 +10,17 @@ import pyarrow.parquet as pq
 from curate import storage
 from curate.errors import InputError
 from curate.formats import index, url_lists
-from curate.formats.sources import open_binary
 from curate.stages.base import Room
-from curate.stages.ingest import cut_shards, draw_ranks, hash_uid, read_source, source_tasks
+from curate.stages.ingest import (
+    count_rows,
+    cut_shards,
+    draw_places,
+    hash_uid,
+    read_source,
+    shard_size,
+    source_tasks,
+    to_uid,
+)
 
 if TYPE_CHECKING:
     from curate.stages.download import Download
@@ -81,7 +89,7 @@ def _uid(
     """Return the identity of a row: the list's own, else from its list's name and its URL."""
     own = index.find_uid(row, stage.uid_column)
     if own is not None:
-        return own if index.UID.fullmatch(own) else hash_uid(stage.dataset, own)
+        return to_uid(own, stage.dataset)
     url = row.get(columns.url)
     text = url if isinstance(url, str) else ""
     ordinal = seen[text]
@@ -93,14 +101,15 @@ def decide_shards(room: Room, task: str) -> dict[str, float]:
     """Decide which rows of which list make up which shard."""
     stage = _stage(room)
     urls = [_rows_url(room, task) for task in source_tasks(room)]
-    counts = [_count_rows(url) for url in urls]
+    counts = [count_rows(url) for url in urls]
     if not sum(counts):
         raise InputError(f"{stage.inputs[0]}: must list URLs; it has no rows. Check --input.")
     if stage.limit is not None and stage.limit < sum(counts):
-        picked = _pick(urls, stage.limit, stage.seed)
+        uids = (storage.read_table(url, ["uid"])["uid"].to_pylist() for url in urls)
+        picked = draw_places(uids, stage.limit, stage.seed)
         storage.commit_array(room.path("picked.npy"), picked)
         counts = np.bincount(picked[:, 0], minlength=len(urls)).tolist()
-    size = stage.shard_samples or min(max(-(-sum(counts) // 16), 256), 10_000)
+    size = stage.shard_samples or shard_size(sum(counts))
     shards = [
         {"name": str(number).zfill(5), "samples": sum(b - a for _, a, b in parts), "parts": parts}
         for number, parts in enumerate(cut_shards(counts, size))
@@ -108,24 +117,6 @@ def decide_shards(room: Room, task: str) -> dict[str, float]:
     layout = {"samples": sum(counts), "shard_samples": size, "shards": shards}
     storage.commit_json(room.path("layout.json"), layout)
     return {"samples": sum(counts), "shards": len(shards)}
-
-
-def _count_rows(url: str) -> int:
-    with open_binary(url) as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)
-
-
-def _pick(urls: list[str], limit: int, seed: int) -> np.ndarray[Any, Any]:
-    """Draw rows as ingest draws samples: (list, row) of each, (limit, 2) int64, sorted."""
-    places, ranks = np.zeros((0, 2), np.int64), np.zeros(0, np.uint64)
-    for number, url in enumerate(urls):
-        uids = storage.read_table(url, ["uid"])["uid"].to_pylist()
-        ranks = np.append(ranks, draw_ranks(uids, seed))
-        here = np.stack([np.full(len(uids), number), np.arange(len(uids))], axis=1)
-        places = np.concatenate([places, here])
-        best = np.argsort(ranks, kind="stable")[:limit]
-        ranks, places = ranks[best], places[best]
-    return places[np.lexsort((places[:, 1], places[:, 0]))]
 
 
 def read_layout(room: Room) -> dict[str, Any]:
@@ -147,16 +138,10 @@ def read_shard(room: Room, task: str) -> pa.Table:
     names = source_tasks(room)
     tables = []
     for number, start, stop in parts:
-        with open_binary(_rows_url(room, names[number])) as file:
-            if picked is None:
-                rows = np.arange(start, stop)
-            else:
-                rows = picked[picked[:, 0] == number, 1][start:stop]
-            groups = np.unique(rows // _ROWS_PER_GROUP)
-            table = pq.ParquetFile(file).read_row_groups(groups.tolist())
-        place = np.searchsorted(groups, rows // _ROWS_PER_GROUP)
-        at = place * _ROWS_PER_GROUP + rows % _ROWS_PER_GROUP
-        tables.append(table.take(pa.array(at)))
+        rows = np.arange(start, stop)
+        if picked is not None:
+            rows = picked[picked[:, 0] == number, 1][start:stop]
+        tables.append(storage.read_rows(_rows_url(room, names[number]), rows))
     return _unite(tables)
 
 

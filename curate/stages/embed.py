@@ -468,34 +468,20 @@ def _precision(tower: dict[str, Any]) -> "Precision":
 def _encode_images(
     encoder: "Encoder", decoded: Iterator[_Sample], count: int, choice: dict[str, Any]
 ) -> tuple[list[_Sample], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Fill batches across samples; return samples, (N, D) float16 and (N,) bool."""
-    from curate.models.encoders import pad_rows
+    """Return samples, (N, D) float16 and (N,) bool."""
+    from curate.models.encoders import embed_pictures
+
+    samples: list[_Sample] = []
+
+    def take() -> Iterator[Any]:
+        for sample in decoded:
+            samples.append(sample)
+            yield sample.prepared
+            sample.prepared = None
 
     size, precision = choice["batch"]["image"], _precision(choice["image"])
-    vectors = np.zeros((count, encoder.image_width), np.float16)
-    valid = np.zeros(count, bool)
-    samples: list[_Sample] = []
-    rows: list[int] = []
-    batch: list[Any] = []
-
-    def flush() -> None:
-        if batch:
-            out = encoder.encode_images(pad_rows(np.stack(batch), size), precision)
-            vectors[rows] = out[: len(batch)]
-            valid[rows] = True
-            batch.clear()
-            rows.clear()
-
-    for row, sample in enumerate(decoded):
-        samples.append(sample)
-        if sample.prepared is not None:
-            rows.append(row)
-            batch.append(sample.prepared)
-            sample.prepared = None
-            if len(batch) == size:
-                flush()
-    flush()
-    return samples, vectors, valid
+    vectors, valid = embed_pictures(encoder, take(), count, size, precision)
+    return samples, vectors.astype(np.float16), valid
 
 
 def _vector_table(

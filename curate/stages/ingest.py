@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,10 +30,13 @@ __all__ = [
     "VectorChoice",
     "assign_uids",
     "commit_sources",
+    "count_rows",
     "cut_shards",
+    "draw_places",
     "draw_ranks",
     "hash_uid",
     "read_source",
+    "shard_size",
     "source_tasks",
     "to_uid",
 ]
@@ -356,7 +359,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
     ingest = _ingest(room)
     records = storage.read_json(room.path("sources.json"))
     urls = [_scan_url(room, task) for task in source_tasks(room)]
-    counts = [_count_rows(url) for url in urls]
+    counts = [count_rows(url) for url in urls]
     if not sum(counts):
         shown = ", ".join(ingest.inputs[:3])
         raise InputError(
@@ -376,7 +379,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
         storage.commit_array(room.path("picked.npy"), picked)
         counts = np.bincount(picked[:, 0], minlength=len(urls)).tolist()
     total = sum(counts)
-    size = ingest.shard_samples or min(max(math.ceil(total / 16), 256), 10_000)
+    size = ingest.shard_samples or shard_size(total)
     shards = [
         {"name": str(i).zfill(5), "samples": sum(b - a for _, a, b in parts), "parts": parts}
         for i, parts in enumerate(cut_shards(counts, size))
@@ -411,6 +414,11 @@ def _agree_on_widths(names: list[str], urls: list[str]) -> dict[str, int | None]
     return {"image": found["image"], "text": found.get("text")} if found else None
 
 
+def shard_size(total: int) -> int:
+    """Return the rows of a shard: a 16th of all, within 256 to 10 000."""
+    return min(max(math.ceil(total / 16), 256), 10_000)
+
+
 def cut_shards(counts: list[int], size: int) -> list[list[list[int]]]:
     """Cut scans laid end to end into shards of `size` rows: [scan, start, stop] by shard."""
     shards: list[list[list[int]]] = []
@@ -428,7 +436,8 @@ def cut_shards(counts: list[int], size: int) -> list[list[list[int]]]:
     return shards
 
 
-def _count_rows(url: str) -> int:
+def count_rows(url: str) -> int:
+    """Return the rows of a Parquet file."""
     with open_binary(url) as file:
         return int(pq.ParquetFile(file).metadata.num_rows)
 
@@ -476,16 +485,38 @@ def _rows_of(places: npt.NDArray[np.int64], scan: int) -> npt.NDArray[np.int64]:
 def _pick(
     urls: list[str], repeats: npt.NDArray[np.int64], limit: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Draw rows by the hash of seed and uid, so that the draw knows no order: (limit, 2) int64."""
+    """Draw samples, by the uids that they get: (limit, 2) int64, see `draw_places`."""
+
+    def read() -> Iterator[list[str]]:
+        for scan, url in enumerate(urls):
+            table = storage.read_table(url, ["uid", "hash_uid"])
+            uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
+            for row in _rows_of(repeats, scan):
+                uids[row] = fallbacks[row] or hash_uid("again", uids[row])
+            yield uids
+
+    return draw_places(read(), limit, seed)
+
+
+def draw_places(files: Iterable[list[str]], limit: int, seed: int) -> npt.NDArray[np.int64]:
+    """Draw rows by the hash of seed and uid, so that the draw knows no order.
+
+    Parameters
+    ----------
+    files : iterable of list of str
+        uids of each file's rows.
+    limit, seed : int
+
+    Returns
+    -------
+    (limit, 2) int64
+        Number of the file and row, sorted.
+    """
     places = np.zeros((0, 2), np.int64)
     ranks = np.zeros(0, np.uint64)
-    for scan, url in enumerate(urls):
-        table = storage.read_table(url, ["uid", "hash_uid"])
-        uids, fallbacks = table["uid"].to_pylist(), table["hash_uid"].to_pylist()
-        for row in _rows_of(repeats, scan):
-            uids[row] = fallbacks[row] or hash_uid("again", uids[row])
+    for number, uids in enumerate(files):
         ranks = np.append(ranks, draw_ranks(uids, seed))
-        here = np.stack([np.full(len(uids), scan), np.arange(len(uids))], axis=1)
+        here = np.stack([np.full(len(uids), number), np.arange(len(uids))], axis=1)
         places = np.concatenate([places, here])
         if len(ranks) > limit:
             best = np.argsort(ranks, kind="stable")[:limit]
@@ -510,23 +541,12 @@ def _write_shard(room: Room, task: str) -> dict[str, float]:
     tables = []
     for scan, start, stop in parts:
         rows = np.arange(start, stop) if picked is None else _rows_of(picked, scan)[start:stop]
-        table = _read_rows(_scan_url(room, names[scan]), rows)
+        table = storage.read_rows(_scan_url(room, names[scan]), rows)
         tables.append(_replace_repeats(table, np.isin(rows, _rows_of(repeats, scan))))
     table = pa.concat_tables(tables).combine_chunks()
     room.commit_shard("ingest", task, table)
     reasons = Counter(code for code in table["ingest_reason"].to_pylist() if code)
     return {"samples": table.num_rows, **{f"reason.{code}": n for code, n in reasons.items()}}
-
-
-def _read_rows(url: str, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Return some rows, in ascending order, of a scan, reading only the row groups they are in."""
-    with open_binary(url) as file:
-        parquet = pq.ParquetFile(file)
-        groups = np.unique(rows // _SCAN_GROUP_ROWS)
-        table = parquet.read_row_groups(groups.tolist())
-    # All row groups but the last are full, so that a row's group follows from its number.
-    place = np.searchsorted(groups, rows // _SCAN_GROUP_ROWS)
-    return table.take(pa.array(place * _SCAN_GROUP_ROWS + rows % _SCAN_GROUP_ROWS))
 
 
 def _replace_repeats(table: pa.Table, is_repeat: npt.NDArray[np.bool_]) -> pa.Table:

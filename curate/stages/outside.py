@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from curate.formats import lookup
-from curate.formats.sources import File, find_root, list_files, split_suffix
+from curate.formats.sources import TABLES, File, find_root, list_files, split_suffix
 from curate.stages.base import Room
 from curate.stages.ingest import Ingest, to_uid
 
@@ -104,7 +104,7 @@ def sort(
     room: Room, one: Outside, file: File, values: Sequence[str], folder: str, name: str
 ) -> int:
     """Put a file down in sorted runs (`lookup.sort_runs`); return how many keys it has."""
-    if split_suffix(file.name)[1] in lookup.TABLES:
+    if split_suffix(file.name)[1] in TABLES:
         key = lookup.find_key(file, one.key_names(), values)
         batches = lookup.read_batches(file, key, values)
     else:
@@ -162,7 +162,7 @@ def sample_digests(
         names = NAMES.get(kind, (kind,))
         texts = [_first(known, names) for known in fields]
     if kind in lookup.HASHES:
-        texts = [text if _is_hash(text, kind) else None for text in texts]
+        texts = [text if lookup.is_hash(text, kind) else None for text in texts]
     rows = [row for row, text in enumerate(texts) if text]
     digests = lookup.digest([texts[row] for row in rows], kind, "metadata")
     return np.array(rows, np.int64), digests
@@ -171,10 +171,6 @@ def sample_digests(
 def _first(known: dict[str, Any], names: Sequence[str]) -> str:
     found = (known[name] for name in names if isinstance(known.get(name), str | int))
     return str(next(found, "")).strip()
-
-
-def _is_hash(text: str, kind: str) -> bool:
-    return len(text) == lookup.HASHES[kind] and set(text.lower()) <= set("0123456789abcdef")
 
 
 def open_runs(folder: str, tasks: Sequence[str], number: int) -> list[lookup.Runs]:

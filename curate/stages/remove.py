@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from curate.formats import lookup
-from curate.formats.sources import split_suffix
+from curate.formats.sources import TABLES, split_suffix
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, shard_tasks
 from curate.stages.outside import (
@@ -77,7 +77,7 @@ class Remove(Stage):
     def sources(self) -> list[dict[str, Any]]:
         for one in self.lists:
             for file in one.list_files():
-                if split_suffix(file.name)[1] in lookup.TABLES:
+                if split_suffix(file.name)[1] in TABLES:
                     lookup.find_key(file, one.key_names())
         return [one.content() for one in self.lists]
 

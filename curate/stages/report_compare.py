@@ -159,9 +159,7 @@ def _choose(moves: _Moves) -> list[tuple[int, int]]:
     """Order the changes: newly dropped, newly kept, another reason, in one run only."""
 
     def rank(move: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
-        was, now = move
-        kind = 3 if _ABSENT in move else 0 if was == 0 else 1 if now == 0 else 2
-        return kind, -moves.counts[move], move
+        return _kind(move), -moves.counts[move], move
 
     chosen = sorted(moves.shown, key=rank)
     each = max(_MOST // max(len(chosen), 1), 1)
@@ -208,12 +206,14 @@ _KINDS = (
 )
 
 
-def _hang(moves: _Moves, chosen: list[tuple[int, int]]) -> list[Gallery]:
-    def kind(move: tuple[int, int]) -> int:
-        return 3 if _ABSENT in move else 0 if move[0] == 0 else 1 if move[1] == 0 else 2
+def _kind(move: tuple[int, int]) -> int:
+    """Return the place among `_KINDS` of a change of verdict."""
+    return 3 if _ABSENT in move else 0 if move[0] == 0 else 1 if move[1] == 0 else 2
 
+
+def _hang(moves: _Moves, chosen: list[tuple[int, int]]) -> list[Gallery]:
     galleries = []
-    for number, group in itertools.groupby(chosen, kind):
+    for number, group in itertools.groupby(chosen, _kind):
         name, title, meaning = _KINDS[number]
         groups = [
             Group(

@@ -16,7 +16,7 @@ from pydantic import Field
 from curate import storage
 from curate.errors import InputError
 from curate.formats import lookup
-from curate.formats.sources import split_suffix
+from curate.formats.sources import TABLES, split_suffix
 from curate.plugins import find_column
 from curate.schema import COLUMNS
 from curate.stages.base import Room
@@ -130,9 +130,9 @@ def find_columns(stage: "Select") -> None:
     """
     for table in stage.tables_used():
         for file in table.list_files():
-            if split_suffix(file.name)[1] not in lookup.TABLES:
+            if split_suffix(file.name)[1] not in TABLES:
                 raise InputError(
-                    f"{file.name}: must be a table ({', '.join(lookup.TABLES)}) to be of use in "
+                    f"{file.name}: must be a table ({', '.join(TABLES)}) to be of use in "
                     "select.score_tables; it is not. Convert it."
                 )
             lookup.find_key(file, table.key_names(), _split(stage)[table.title])

@@ -9,7 +9,7 @@ import pytest
 
 from curate.errors import InputError
 from curate.formats import lookup
-from curate.formats.sources import File
+from curate.formats.sources import TABLES, File
 
 
 def file_of(path: Path) -> File:
@@ -27,7 +27,7 @@ def write(path: Path, keys: list[str | None], numbers: list[float | None]) -> Fi
     return file_of(path)
 
 
-@pytest.mark.parametrize("suffix", lookup.TABLES)
+@pytest.mark.parametrize("suffix", TABLES)
 def test_tables_of_all_kinds_say_the_same(tmp_path: Path, suffix: str) -> None:
     if suffix in ("csv", "tsv"):
         pytest.importorskip("pandas")

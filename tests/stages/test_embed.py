@@ -1,6 +1,5 @@
 import hashlib
 import io
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from curate.models.encoders import Precision, load_encoder
 from curate.stages.base import Room, Stage
 from curate.stages.embed import Embed
 from curate.stages.ingest import Ingest
+from tests.support import write_samples
 
 Array = np.ndarray[Any, Any]
 
@@ -56,15 +56,7 @@ def samples() -> Iterator[tuple[str, bytes | None, str | None]]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("source") / "00000.tar"
-    with tarfile.open(path, "w") as tar:
-        for key, image, caption in samples():
-            for suffix, content in (("png", image), ("txt", caption and caption.encode())):
-                if content is not None:
-                    header = tarfile.TarInfo(f"{key}.{suffix}")
-                    header.size = len(content)
-                    tar.addfile(header, io.BytesIO(content))
-    return path
+    return write_samples(tmp_path_factory.mktemp("source") / "00000.tar", samples())
 
 
 def make(source: Path, **fields: Any) -> Pipeline:

@@ -13,6 +13,7 @@ from curate.config import load_pipeline
 from curate.engine.runner import bind
 from curate.errors import ConfigError, InputError
 from curate.formats import lookup
+from curate.formats.sources import TABLES
 from tests.formats.vectors import datacomp_uids, draw_vectors, write_datacomp
 from tests.support import carry_out, decisions_of
 
@@ -102,7 +103,7 @@ def test_a_table_by_uid_with_gaps(pool: Path, tmp_path: Path) -> None:
     assert found["joined"] == {"nsfw.punsafe": COUNT - 5}
 
 
-@pytest.mark.parametrize("suffix", lookup.TABLES)
+@pytest.mark.parametrize("suffix", TABLES)
 def test_tables_of_all_kinds_by_url(pool: Path, tmp_path: Path, suffix: str) -> None:
     """Each URL is in both files of the pool; a folder of tables is one table."""
     (tmp_path / "t").mkdir()
