@@ -28,7 +28,7 @@ from curate.dedup.neighbors import pairs_within, unit_rows
 from curate.formats.pixels import decode
 from curate.memorization.folds import hash_unit
 
-__all__ = ["Pairs", "judge", "plant"]
+__all__ = ["Pairs", "draw_pictures", "judge", "plant"]
 
 Array = np.ndarray[Any, Any]
 #: Pairs (E,) of numbers of the sorted files, left < right.
@@ -41,8 +41,8 @@ _SHOWN, _SHOWN_PX = 100, 96
 _DISTANCES = (0, 2, 4, 6, 8, 10)
 
 
-def _pictures(tars: Path, seed: int) -> Iterator[tuple[str, Image.Image]]:
-    """Decodable pictures of distinct pixels in an order drawn by key."""
+def draw_pictures(tars: Path, longest: int, seed: int = 0) -> Iterator[tuple[str, Image.Image]]:
+    """Decodable pictures, at most `longest` px wide and high, in an order drawn by key."""
     with ExitStack() as stack:
         members = {}
         for path in sorted(tars.glob("*.tar")):
@@ -51,25 +51,31 @@ def _pictures(tars: Path, seed: int) -> Iterator[tuple[str, Image.Image]]:
                 if not member.name.endswith((".json", ".txt")):
                     members[Path(member.name).stem] = tar, member
         keys = sorted(members)
-        seen = set()
         for row in np.argsort(hash_unit(keys, seed, "dedup sample"), kind="stable"):
             tar, member = members[keys[row]]
             file = tar.extractfile(member)
             assert file is not None
-            image = decode(file.read(), _MAX_PIXELS, _LONGEST).image
-            if image is None:
-                continue
-            image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
-            digest = hashlib.sha256(image.tobytes() + repr(image.size).encode()).digest()
-            if min(image.size) >= _LEAST_SIDE and digest not in seen:
-                seen.add(digest)
+            image = decode(file.read(), _MAX_PIXELS, longest).image
+            if image is not None:
+                image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
                 yield keys[row], image
+
+
+def _distinct(pictures: Iterator[tuple[str, Image.Image]]) -> Iterator[tuple[str, Image.Image]]:
+    """Leave out what is tiny or has the pixels of an earlier one."""
+    seen = set()
+    for key, image in pictures:
+        digest = hashlib.sha256(image.tobytes() + repr(image.size).encode()).digest()
+        if min(image.size) >= _LEAST_SIDE and digest not in seen:
+            seen.add(digest)
+            yield key, image
 
 
 def plant(tars: Path, folder: Path, sample: int, seed: int) -> None:
     """Write pictures and their copies as `KEY-KIND.png` (jpg), with captions that say nothing."""
     folder.mkdir(parents=True)
-    for (key, image), _ in zip(_pictures(tars, seed), range(sample), strict=False):
+    pictures = _distinct(draw_pictures(tars, _LONGEST, seed))
+    for (key, image), _ in zip(pictures, range(sample), strict=False):
         image.save(folder / f"{key}-original.png")
         for kind in COPIES:
             suffix = "jpg" if kind == "jpeg" else "png"

