@@ -27,6 +27,9 @@ _LEAST_SPOT, _LEAST_DENSITY = 16, 0.25
 _LARGE_CELL, _ASKED = 256, 64
 #: Spots looked for among those asked, at most.
 _MOST_SPOTS = 64
+#: Pairs of a centre that are confirmed before more are, and centres near each other that may turn
+#: out to be in no spot: then it is a series, of which each picture differs.
+_FIRST_CONFIRMED, _MOST_FAILED = 8, 8
 
 
 class Found(NamedTuple):
@@ -116,15 +119,16 @@ def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confi
     number, other, cosines = number[apart], other[apart], cosines[apart]
     rest = np.ones(len(number), bool)
     spots: list[Array] = []
-    dead = np.zeros(_ASKED, bool)
+    failed = np.zeros(_ASKED, int)
     for _ in range(_MOST_SPOTS):
-        degrees = np.where(dead, 0, np.bincount(number[rest], minlength=_ASKED))
+        degrees = np.bincount(number[rest], minlength=_ASKED)
+        degrees[failed >= _MOST_FAILED] = 0
         centre = int(degrees.argmax())
         if degrees.mean() <= _PAIRS_PER_MEMBER or degrees[centre] < _LEAST_SPOT:
             break
         # All that is near, or what is left of a spot would be cut smaller and smaller.
         around_it = number == centre
-        near = other[around_it]
+        near = alike = other[around_it]
         if confirm is not None:
             near = near[np.lexsort((near, -cosines[around_it]))]
             near = _confirmed(asked[centre], near, confirm)
@@ -134,7 +138,8 @@ def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confi
         if len(near) < _LEAST_SPOT or covered.sum() < _LEAST_DENSITY * inside[asked].sum() * len(
             near
         ):
-            dead[centre] = True
+            failed[np.isin(asked, alike)] += 1
+            failed[centre] = _MOST_FAILED
             continue
         spots.append(np.r_[asked[centre], near])
         rest &= ~covered
@@ -148,7 +153,7 @@ def _confirmed(centre: int, near: Array, confirm: Callable[[Array, Array], Array
     search itself.
     """
     copies = []
-    start, size = 0, _LEAST_SPOT
+    start, size = 0, _FIRST_CONFIRMED
     while start < len(near):
         block = near[start : start + size]
         copies.append(block[confirm(np.full(len(block), centre), block)])
