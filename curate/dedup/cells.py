@@ -25,6 +25,9 @@ _PAIRS_PER_MEMBER = 4
 _LEAST_SPOT, _LEAST_DENSITY = 16, 0.25
 #: Rows above which spots are looked for before all pairs are computed, and how many members ask.
 _LARGE_CELL, _ASKED = 256, 64
+#: Pairs, at most, that are held before those within spots are left out: at the rim of a large spot
+#: nearly everything is near everything.
+_MOST_PAIRS = 1 << 25
 #: Spots looked for among those asked, at most.
 _MOST_SPOTS = 64
 #: Pairs of a centre that are confirmed before more are, and centres near each other that may turn
@@ -83,22 +86,26 @@ def search_cell(
         inside[number, spot] = True
     # By the first spot that holds them: nobody of it needs comparing with them.
     home = np.where(inside.any(0), inside.argmax(0), -1) if spots else np.full(len(around), -1)
+    is_member = np.zeros(len(around), bool)
+    is_member[members] = True
     parts = []
     for first in range(-1, len(spots)):
         base = members[home[members] == first]
         asking = np.flatnonzero(~inside[first]) if first >= 0 else np.arange(len(around))
-        query, other, cosines = pairs_within(
-            around.take(asking), around.take(base), min_cosine, _plus_self(most)
-        )
-        parts.append((asking[query], base[other], cosines))
+        rows = around.take(base)
+        for some in np.array_split(asking, len(asking) * len(base) // _MOST_PAIRS + 1):
+            query, other, cosines = pairs_within(
+                around.take(some), rows, min_cosine, _plus_self(most)
+            )
+            left, right = some[query], base[other]
+            # Of two members each finds the other; with `most` perhaps only one does.
+            apart = left != right
+            if most is None:
+                apart &= (left < right) | ~is_member[left]
+            if spots:
+                apart &= ~(inside[:, left] & inside[:, right]).any(0)
+            parts.append((left[apart], right[apart], cosines[apart]))
     left, right, cosines = (np.concatenate(ends) for ends in zip(*parts, strict=True))
-    # Of two members each finds the other; with `most` perhaps only one does.
-    apart = left != right
-    if most is None:
-        apart &= (left < right) | ~np.isin(left, members)
-    if spots:
-        apart &= ~(inside[:, left] & inside[:, right]).any(0)
-    left, right, cosines = left[apart], right[apart], cosines[apart]
     if confirm is None and most is None:
         budget = _PAIRS_PER_MEMBER * len(members)
         uncovered, more = _cover(left, right, len(around), budget)
