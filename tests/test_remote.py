@@ -16,6 +16,7 @@ from curate import storage
 from curate.cli import main
 from curate.engine import export as exports
 from curate.engine import runner
+from curate.stages.ingest_spool import open_spool
 from tests.exports import Here, Silent
 from tests.servers import Server, use_s3
 from tests.support import (
@@ -74,6 +75,9 @@ class InProcess(Here):
     def warm(self, *arguments: object) -> None:
         pass
 
+    def everywhere(self, *arguments: object) -> None:
+        pass
+
     def describe_dashboard(self) -> str:
         return "none"
 
@@ -86,11 +90,12 @@ def store() -> Iterator[Store]:
 
 @dataclass(frozen=True)
 class Both:
-    """One run on a disk, and the same on the store."""
+    """One run on a disk, and the same on the store; bytes that were sent of its tars, by name."""
 
     disk: Path
     remote: str
     copied: Path
+    sent_bytes: dict[str, int]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,9 @@ def both(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Both:
     succeed(*run, "--workers", 1, "--input", source, "--output", out)
     store.fs.put(f"{source}/", "bucket/in/", recursive=True)
     succeed(*run, "--workers", 2, "--input", "s3://bucket/in", "--output", remote)
-    return Both(out, remote, store.fetch(remote, folder / "copied"))
+    names = [path.name for path in source.iterdir()]
+    sent = {name: store.server.gate.sent_bytes[f"/bucket/in/{name}"] for name in names}
+    return Both(out, remote, store.fetch(remote, folder / "copied"), sent)
 
 
 def _vanish_at(store: Store, bucket: str, method: str, part: str) -> dict[str, bytes]:
@@ -135,6 +142,14 @@ def test_the_same_is_decided_and_written(both: Both) -> None:
     names = {path.name for path in both.disk.iterdir()} - {".lock"}
     assert {path.name for path in both.copied.iterdir()} == names
     assert "ingest.list: 1 tasks, 0 done before" in (both.copied / "run.log").read_text("utf-8")
+
+
+def test_tars_are_sent_once_and_once_more_to_write(both: Both) -> None:
+    source = both.disk.parent / "in"
+    for name, sent_bytes in both.sent_bytes.items():
+        assert 1 < sent_bytes / (source / name).stat().st_size < 2.05
+    index = f"{both.remote}/stages/ingest-0"
+    assert not Path(open_spool(index, None, 1).folder).exists()
 
 
 def test_a_finished_run_is_not_repeated(store: Store, both: Both) -> None:
