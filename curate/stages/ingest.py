@@ -404,11 +404,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
             "Check that the files are whole."
         )
     vectors = _agree_on_widths([record["name"] for record in records], urls)
-    if ingest.uid_column is not None and not any(map(_has_own_uids, urls)):
-        raise InputError(
-            f"ingest.uid_column: must name a field that samples have; got {ingest.uid_column}, "
-            "which none has. Leave it out or correct it."
-        )
+    _check_fields(ingest, records[0]["kind"], urls)
     repeats = _find_repeats(urls, sum(counts))
     storage.commit_array(room.path("repeats.npy"), repeats)
     if ingest.limit is not None and ingest.limit < sum(counts):
@@ -479,9 +475,35 @@ def count_rows(url: str) -> int:
         return int(pq.ParquetFile(file).metadata.num_rows)
 
 
-def _has_own_uids(url: str) -> bool:
-    column = storage.read_table(url, ["hash_uid"])["hash_uid"]
-    return bool(column.null_count < len(column))
+def _check_fields(ingest: Ingest, kind: str, urls: list[str]) -> None:
+    """Raise if no sample has a field that the user named.
+
+    Raises
+    ------
+    InputError
+    """
+    named = {"uid_column": "hash_uid"}
+    if kind in ("webdataset", "folder"):  # others have a schema that says it at once
+        named["caption_column"] = "caption"
+    for field, column in named.items():
+        name = getattr(ingest, field)
+        if name is not None and not any(_has_values(url, column) for url in urls):
+            found = ", ".join(_list_fields(urls[0])) or "none"
+            raise InputError(
+                f"ingest.{field}: must name a field that samples have; got {name}, which none "
+                f"has; found {found}. Leave it out or correct it."
+            )
+
+
+def _has_values(url: str, column: str) -> bool:
+    values = storage.read_table(url, [column])[column]
+    return bool(values.null_count < len(values))
+
+
+def _list_fields(url: str) -> list[str]:
+    """Return some names of fields that a scan's samples have."""
+    texts = storage.read_table(url, ["metadata"])["metadata"].slice(0, 100).to_pylist()
+    return list(dict.fromkeys(name for text in texts if text for name in json.loads(text)))[:12]
 
 
 def _find_repeats(urls: list[str], total: int) -> npt.NDArray[np.int64]:

@@ -212,8 +212,10 @@ def test_the_sources_own_uid(tmp_path: Path) -> None:
     named, _, _ = run(tmp_path, inputs=inputs, uid_column="id")
     assert named["ingest_reason"].to_pylist() == [None, None, None, "duplicate_uid"]
     assert len(set(named["uid"].to_pylist())) == 4
-    with pytest.raises(InputError, match="must name a field that samples have; got hash"):
-        run(tmp_path, inputs=inputs, uid_column="hash")
+    for column in ("uid_column", "caption_column"):
+        said = f"ingest.{column}: must name a field that samples have; got hash, .* found id[.]"
+        with pytest.raises(InputError, match=said):
+            run(tmp_path, inputs=inputs, **{column: "hash"})
 
 
 def test_repeated_uids_are_found_in_several_passes(
