@@ -219,6 +219,11 @@ class _Remote(io.RawIOBase):
         if self._whole is None:
             try:
                 return ask(self._fs, self._url, lambda: self._read_range(count))
+            except FileNotFoundError as error:  # it was there, so this says nothing of its content
+                raise StorageError(
+                    f"{self._url}: must stay where it is while it is read; got {error}. "
+                    "Put it back and run the same command again to resume."
+                ) from error
             except ValueError:  # from HTTP's client alone: the server sent all of it
                 self._fetch_whole()
         assert self._whole is not None

@@ -226,11 +226,21 @@ def test_a_bucket_that_vanishes_and_what_else_is_named_by_url(
     log = storage.read_bytes("s3://earlier/out/run.log").decode()
     assert "had been left locked by a run that ended early" in caplog.text
     assert "ingest.scan" not in log
-    call(
+    later = (
         *run, "-i", "s3://vectors/two", "-o", "s3://bucket/later",
         "--set", "dedup.against=s3://earlier/out", "--set", "ingest.dataset=two",
         "--set", "decontaminate.inputs=s3://vectors/held",
     )  # fmt: skip
+    held = _vanish_at(store, "vectors", "GET", "/two.npy")
+    told = call(*later, exit_code=1)
+    store.server.gate.rule = lambda method, path: None
+    assert told.startswith("Error: s3://vectors/two/two.npy: must stay where it is"), told
+    assert "The specified bucket does not exist. Put it back and run the same" in told
+    assert held
+    store.fs.mkdir("vectors")
+    for path, data in held.items():
+        store.fs.pipe_file(path, data)
+    call(*later)
     counts = storage.read_json("s3://bucket/later/run.json")["counts"]
     dropped = {"contaminated": 5, "duplicate_earlier": 35}
     assert counts == {"ingested": 60, "kept": 20, "dropped": dropped}
