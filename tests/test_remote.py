@@ -155,10 +155,15 @@ def test_tars_are_sent_once_and_once_more_to_write(both: Both) -> None:
 def test_a_finished_run_is_not_repeated(store: Store, both: Both) -> None:
     before = storage.walk_files(both.remote)
     del before["run.log"]
+    # A run that was killed after it had read all of its copies of tars.
+    left = Path(open_spool(f"{both.remote}/stages/ingest-0", None, 1).folder)
+    left.mkdir()
+    (left / "copy.tar").write_bytes(b"x")
     store.server.gate.seen.clear()
     call("run", "dedup", *_SETTINGS, "--input", "s3://bucket/in", "--output", both.remote)
     written = {path for method, path, _ in store.server.gate.seen if method == "PUT"}
     assert written == {"/bucket/out/.lock", "/bucket/out/run.log"}
+    assert not left.exists()
     after = storage.walk_files(both.remote)
     del after["run.log"]
     assert after == before
