@@ -252,7 +252,7 @@ def _without_paths(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     """Leave out what is not part of the recipe: where this run's input lies."""
     kept = {stage: dict(fields) for stage, fields in chosen.items()}
     for fields in kept.values():
-        for name in ("inputs", "root"):
+        for name in ("inputs", "root", "spool"):
             fields.pop(name, None)
         for name in ("lists", "score_tables"):
             if isinstance(fields.get(name), list):

@@ -45,6 +45,7 @@ __all__ = [
     "is_local",
     "join",
     "join_aligned",
+    "link",
     "list_columns",
     "list_names",
     "make_folder",
@@ -556,7 +557,7 @@ def mirror(source: str, target: str, trust_sizes: bool = False) -> bool:
         one, other = join(source, name), join(target, name)
         same = present.get(name) == size_bytes and (trust_sizes or _same_file(one, other))
         if not same:
-            _link(one, other)
+            link(one, other)
             changed = True
     for name in present.keys() - wanted.keys():
         remove(join(target, name))
@@ -573,7 +574,13 @@ def _same_file(one: str, other: str) -> bool:
     return os.path.samefile(path, other_path) or filecmp.cmp(path, other_path, shallow=False)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
+    """Make `target` the same file as `source`: a hard link where the disk allows it, else a copy.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
     fs, path = filesystem(source)
     target_path = filesystem(target)[1]
     if not isinstance(fs, LocalFileSystem):

@@ -5,6 +5,7 @@ since. Its failures are told in one line. Clients of object stores try again by 
 HTTP does not, and is made to.
 """
 
+import errno
 import io
 import logging
 import tempfile
@@ -133,6 +134,11 @@ def _is_ours(error: BaseException) -> bool:
 def _failure(url: str, error: Exception, status: int | None) -> StorageError:
     # The client's own words, which may come with advice of its own, are one line at most.
     why = str(error).partition("\n")[0].strip().rstrip(".") or type(error).__name__
+    if isinstance(error, OSError) and error.errno == errno.EBUSY:  # s3fs: another checksum
+        return StorageError(
+            f"{url}: must stay as it is while it is read; it changed. Run the same command again "
+            "to start anew with it."
+        )
     if "Credential" in type(error).__name__:
         return StorageError(
             f"{url}: must be given credentials; got none ({why}). Set AWS_ACCESS_KEY_ID and "
@@ -219,6 +225,11 @@ class _Remote(io.RawIOBase):
         if self._whole is None:
             try:
                 return ask(self._fs, self._url, lambda: self._read_range(count))
+            except FileNotFoundError as error:  # it was there, so this says nothing of its content
+                raise StorageError(
+                    f"{self._url}: must stay where it is while it is read; got {error}. "
+                    "Put it back and run the same command again to resume."
+                ) from error
             except ValueError:  # from HTTP's client alone: the server sent all of it
                 self._fetch_whole()
         assert self._whole is not None

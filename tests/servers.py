@@ -3,8 +3,10 @@
 import contextlib
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,16 @@ class Gate:
     rule : callable
         `rule(method, path)` returns None, a status to fail with, "cut" for half a body, or "slow"
         for an answer that comes after the next request.
+    seen : list of (str, str, str)
+        Method, path and range of every request.
+    sent_bytes : Counter of str
+        Bytes of the bodies that were sent, by path.
     """
 
     app: App
     rule: Callable[[str, str], int | str | None] = lambda method, path: None
     seen: list[tuple[str, str, str]] = field(default_factory=list)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
     _next: threading.Condition = field(default_factory=threading.Condition)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -57,7 +64,10 @@ class Gate:
             answer = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
             return Response(answer, fate, content_type="application/xml")(environ, start)
         body = b"".join(self.app(environ, start))
-        return [body[: len(body) // 2]] if fate == "cut" else [body]
+        body = body[: len(body) // 2] if fate == "cut" else body
+        with self._next:
+            self.sent_bytes[path] += len(body) if method == "GET" else 0
+        return [body]
 
     def count(self, method: str, part: str) -> int:
         return sum(one == method and part in path for one, path, _ in self.seen)
@@ -117,6 +127,7 @@ def serve_files(folder: Path, ranges: bool = True) -> Iterator[Server]:
         if not path.is_file():
             return Response("no such file", 404)(environ, start)
         response = Response(path.read_bytes(), content_type="application/octet-stream")
+        response.last_modified = datetime.fromtimestamp(path.stat().st_mtime, UTC)
         if ranges:
             size_bytes = path.stat().st_size
             response.make_conditional(environ, accept_ranges=True, complete_length=size_bytes)

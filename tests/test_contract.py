@@ -437,7 +437,8 @@ def test_execution_only_fields_do_not(source: Path, tmp_path: Path) -> None:
     }
     paths = {("ingest", "inputs"), ("ingest", "root"), ("decontaminate", "inputs")}
     waits = {("ingest", "incomplete"), ("ingest", "wait_seconds")}
-    assert marked == paths | waits | {("dedup", "against")}
+    copies = {("ingest", "spool"), ("ingest", "spool_gb")}
+    assert marked == paths | waits | copies | {("dedup", "against")}
     copy = tmp_path / "elsewhere" / source.name
     copy.parent.mkdir()
     copy.write_bytes(source.read_bytes())

@@ -1,5 +1,7 @@
 """Other people's readers and trainers on what `curate export` writes, by the commands it prints."""
 
+import hashlib
+import io
 import json
 import re
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from curate.engine.export import Request, export
 from tests.exports import (
@@ -24,6 +27,7 @@ from tests.exports import (
     need,
     run_python,
 )
+from tests.support import read_folder
 
 GROUPED = {"shard_samples": 5, "groups": 3}
 
@@ -206,6 +210,36 @@ def check_shares(times: dict[str, int], truth: dict[str, Found]) -> None:
         assert band.sum() == KEPT // 3
         share = weights[band].sum() / weights.sum()
         assert seen[band].sum() / seen.sum() == pytest.approx(share, rel=0.08)
+
+
+#: open_clip's own pipeline, as it reads a validation set: every sample once.
+DECODER = """
+import hashlib, json, sys
+from types import SimpleNamespace
+from open_clip_train.data import get_wds_dataset
+def digest(image):
+    return hashlib.sha256(image.tobytes()).hexdigest()
+given = SimpleNamespace(val_data=sys.argv[1], val_num_samples=None, batch_size=1, workers=0,
+                        train_data_upsampling_factors=None)
+read = get_wds_dataset(given, digest, False, tokenizer=lambda text: [text])
+for images, texts in read.dataloader:
+    print(json.dumps([*images, *texts]))
+"""
+
+
+def test_open_clip_decodes_every_sample(made: dict[str, Path], out: Path, tmp_path: Path) -> None:
+    need("open_clip_train")
+    need("webdataset")
+    tars = sorted(path.name for path in made["groups"].glob("*.tar"))
+    urls = f"{made['groups']}/{{{','.join(name.removesuffix('.tar') for name in tars)}}}.tar"
+    text = run_python(DECODER, urls, folder=tmp_path)
+    found = [tuple(json.loads(line)) for line in text.splitlines() if line.startswith("[")]
+    shown = []
+    for row in read_folder(out / "shards").select(["image", "caption"]).to_pylist():
+        pixels = Image.open(io.BytesIO(row["image"])).convert("RGB").tobytes()
+        shown.append((hashlib.sha256(pixels).hexdigest(), row["caption"]))
+    assert len(found) == KEPT
+    assert sorted(found) == sorted(shown)
 
 
 TINY = {

@@ -16,6 +16,7 @@ from curate import storage
 from curate.cli import main
 from curate.engine import export as exports
 from curate.engine import runner
+from curate.stages.ingest_spool import open_spool
 from tests.exports import Here, Silent
 from tests.servers import Server, use_s3
 from tests.support import (
@@ -74,6 +75,9 @@ class InProcess(Here):
     def warm(self, *arguments: object) -> None:
         pass
 
+    def everywhere(self, *arguments: object) -> None:
+        pass
+
     def describe_dashboard(self) -> str:
         return "none"
 
@@ -86,11 +90,12 @@ def store() -> Iterator[Store]:
 
 @dataclass(frozen=True)
 class Both:
-    """One run on a disk, and the same on the store."""
+    """One run on a disk, and the same on the store; bytes that were sent of its tars, by name."""
 
     disk: Path
     remote: str
     copied: Path
+    sent_bytes: dict[str, int]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,9 @@ def both(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Both:
     succeed(*run, "--workers", 1, "--input", source, "--output", out)
     store.fs.put(f"{source}/", "bucket/in/", recursive=True)
     succeed(*run, "--workers", 2, "--input", "s3://bucket/in", "--output", remote)
-    return Both(out, remote, store.fetch(remote, folder / "copied"))
+    names = [path.name for path in source.iterdir()]
+    sent = {name: store.server.gate.sent_bytes[f"/bucket/in/{name}"] for name in names}
+    return Both(out, remote, store.fetch(remote, folder / "copied"), sent)
 
 
 def _vanish_at(store: Store, bucket: str, method: str, part: str) -> dict[str, bytes]:
@@ -137,13 +144,26 @@ def test_the_same_is_decided_and_written(both: Both) -> None:
     assert "ingest.list: 1 tasks, 0 done before" in (both.copied / "run.log").read_text("utf-8")
 
 
+def test_tars_are_sent_once_and_once_more_to_write(both: Both) -> None:
+    source = both.disk.parent / "in"
+    for name, sent_bytes in both.sent_bytes.items():
+        assert 1 < sent_bytes / (source / name).stat().st_size < 2.05
+    index = f"{both.remote}/stages/ingest-0"
+    assert not Path(open_spool(index, None, 1).folder).exists()
+
+
 def test_a_finished_run_is_not_repeated(store: Store, both: Both) -> None:
     before = storage.walk_files(both.remote)
     del before["run.log"]
+    # A run that was killed after it had read all of its copies of tars.
+    left = Path(open_spool(f"{both.remote}/stages/ingest-0", None, 1).folder)
+    left.mkdir()
+    (left / "copy.tar").write_bytes(b"x")
     store.server.gate.seen.clear()
     call("run", "dedup", *_SETTINGS, "--input", "s3://bucket/in", "--output", both.remote)
     written = {path for method, path, _ in store.server.gate.seen if method == "PUT"}
     assert written == {"/bucket/out/.lock", "/bucket/out/run.log"}
+    assert not left.exists()
     after = storage.walk_files(both.remote)
     del after["run.log"]
     assert after == before
@@ -211,11 +231,21 @@ def test_a_bucket_that_vanishes_and_what_else_is_named_by_url(
     log = storage.read_bytes("s3://earlier/out/run.log").decode()
     assert "had been left locked by a run that ended early" in caplog.text
     assert "ingest.scan" not in log
-    call(
+    later = (
         *run, "-i", "s3://vectors/two", "-o", "s3://bucket/later",
         "--set", "dedup.against=s3://earlier/out", "--set", "ingest.dataset=two",
         "--set", "decontaminate.inputs=s3://vectors/held",
     )  # fmt: skip
+    held = _vanish_at(store, "vectors", "GET", "/two.npy")
+    told = call(*later, exit_code=1)
+    store.server.gate.rule = lambda method, path: None
+    assert told.startswith("Error: s3://vectors/two/two.npy: must stay where it is"), told
+    assert "The specified bucket does not exist. Put it back and run the same" in told
+    assert held
+    store.fs.mkdir("vectors")
+    for path, data in held.items():
+        store.fs.pipe_file(path, data)
+    call(*later)
     counts = storage.read_json("s3://bucket/later/run.json")["counts"]
     dropped = {"contaminated": 5, "duplicate_earlier": 35}
     assert counts == {"ingested": 60, "kept": 20, "dropped": dropped}

@@ -163,6 +163,19 @@ def test_a_bucket_that_is_not_there(s3: Server) -> None:
     assert not s3fs.S3FileSystem().exists("no-such")
 
 
+def test_an_object_that_changes_while_it_is_read(s3: Server, out: str) -> None:
+    storage.commit_bytes(f"{out}/x", b"before")
+    with storage.open_binary(f"{out}/x", 0) as file:
+        assert file.read(3) == b"bef"
+        storage.commit_bytes(f"{out}/x", b"after!")
+        with pytest.raises(StorageError, match="must stay as it is while it is read; it changed"):
+            file.read(3)
+    with storage.open_binary(f"{out}/x", 0) as file:
+        storage.remove(f"{out}/x")
+        with pytest.raises(StorageError, match="must stay where it is while it is read; got"):
+            file.read(3)
+
+
 def test_missing_packages_are_named() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = sys.modules['aiohttp'] = None\n"

@@ -313,6 +313,8 @@ def _run(
         if len(stages) < len(pipeline.stages):  # the last of them made what the others read
             stages = bind(pipeline, out)
             _run_stages([bound for bound in stages if bound.room.missing], workers, progress)
+    for bound in stages:  # what was complete before, by a run that was killed in between
+        bound.stage.release(bound.room)
     summary = _summarise(pipeline, stages, time.monotonic() - begun)
     told = previous.get("stages", {}) if previous.get("status") == "finished" else {}
     published = [name for bound in stages for name in publish(bound, out, told)]
@@ -356,6 +358,7 @@ def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
         progress.end()
     for name in sorted(room.missing):
         _commit_manifest(bound, name, seconds)
+    workers.everywhere(stage.release, room)
 
 
 def _execute(

@@ -140,6 +140,11 @@ class Workers:
         if self._gpus < 2:  # with several, the first task decides which one a worker sees
             self._client.run(_in_background, load, *arguments)
 
+    def everywhere(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function once in every worker that is alive."""
+        if self._client is not None:
+            self._client.run(function, *arguments, on_error="ignore")
+
     def start(self) -> None:
         """Start or reach the cluster, unless that was done before."""
         if self._client is not None:

@@ -248,7 +248,9 @@ def list_sources(
     return chosen, sources
 
 
-def read_images(root: str, rows: pa.Table) -> Iterator[bytes | None]:
+def read_images(
+    root: str, rows: pa.Table, find_copy: Callable[[str], str | None] = lambda name: None
+) -> Iterator[bytes | None]:
     """Yield the bytes of each index row's image, in order; None where it has none.
 
     Parameters
@@ -257,6 +259,8 @@ def read_images(root: str, rows: pa.Table) -> Iterator[bytes | None]:
         Folder to which `source_file` is relative.
     rows : pyarrow.Table
         Columns source_file, member, offset, size_bytes, row_group, row.
+    find_copy : callable
+        `find_copy(name)` returns where a copy of a source lies on a local disk, or None.
 
     Raises
     ------
@@ -268,7 +272,8 @@ def read_images(root: str, rows: pa.Table) -> Iterator[bytes | None]:
         if kind is None:
             yield from (None for _ in range(len(part)))
         else:
-            yield from FORMATS[kind].read_images(Source(name, locate(root, name), kind), part)
+            source = Source(name, locate(root, name), kind, copy=find_copy(name))
+            yield from FORMATS[kind].read_images(source, part)
 
 
 def _by_source(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 
 from curate import storage
 from curate.errors import InputError
-from curate.formats import index
 from curate.formats.arrays import Pair, open_array
 from curate.formats.index import Scan
-from curate.formats.parquet import read_rows
+from curate.formats.parquet import scan_rows
 from curate.formats.sources import File, Source, check_name, list_folder, parent
 
 __all__ = ["belongs", "group", "holds", "open_vectors", "scan"]
@@ -95,10 +94,8 @@ def scan(source: Source, uid_column: str | None = None, caption_column: str | No
     InputError
         If the metadata cannot be read.
     """
-    rows = read_rows(
-        *_beside(source, "metadata", "parquet"), uid_column, _KEY_NAMES, caption_column
-    )
-    return Scan(index.to_table(rows, source.name))
+    table = _beside(source, "metadata", "parquet")
+    return scan_rows(source, table, _KEY_NAMES, uid_column, caption_column)
 
 
 def open_vectors(source: Source, choice: str | None = None) -> Pair:

@@ -13,7 +13,7 @@ from curate.errors import InputError
 from curate.formats import arrays, index
 from curate.formats.arrays import Pair, open_array
 from curate.formats.index import Scan
-from curate.formats.parquet import read_rows
+from curate.formats.parquet import scan_rows
 from curate.formats.sources import File, Source, check_name, list_folder, parent, split_suffix
 
 __all__ = [
@@ -101,8 +101,8 @@ def scan(source: Source, uid_column: str | None = None, caption_column: str | No
     InputError
         If it cannot be read.
     """
-    rows = read_rows(source.url, source.name, uid_column, (*index.KEY_NAMES, "uid"), caption_column)
-    return Scan(index.to_table(rows, source.name))
+    table = (source.url, source.name)
+    return scan_rows(source, table, (*index.KEY_NAMES, "uid"), uid_column, caption_column)
 
 
 def open_vectors(source: Source, choice: str | None = None) -> Pair:

@@ -17,7 +17,7 @@ from curate.errors import InputError, SourceChangedError
 from curate.formats import index
 from curate.formats.img2dataset import STATS, join_table
 from curate.formats.index import Row, Scan
-from curate.formats.parquet import PATH_NAMES, find_path_column, read_fields
+from curate.formats.parquet import PATH_NAMES, find_path_column, read_fields, read_schema
 from curate.formats.sources import (
     TABLES,
     File,
@@ -138,13 +138,7 @@ def _clean_member(path: Any) -> str | None:
 def _path_column(url: str) -> str | None:
     """Return the column of a table that names images, from its first line or schema."""
     if split_suffix(url)[1] == "parquet":
-        with open_binary(url) as file:
-            try:
-                return find_path_column(pq.read_schema(file))
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(
-                    f"{url}: must be a whole Parquet file. Remove it or copy it again."
-                ) from error
+        return find_path_column(read_schema(url, url))
     return index.find_name(next(read_records(url), {}), PATH_NAMES)
 
 

@@ -40,8 +40,9 @@ __all__ = [
     "pick_images",
     "read_fields",
     "read_images",
-    "read_rows",
+    "read_schema",
     "scan",
+    "scan_rows",
 ]
 
 _log = logging.getLogger(__name__)
@@ -98,17 +99,34 @@ def find_path_column(schema: pa.Schema) -> str | None:
     return index.find_name(texts, PATH_NAMES)
 
 
-def holds_images(url: str, name: str) -> bool:
+def holds_images(schema: pa.Schema) -> bool:
     """Tell whether a Parquet file has a column of image bytes."""
-    with _opened(url, name) as parquet:
-        return _find_image(parquet.schema_arrow) is not None
+    return _find_image(schema) is not None
 
 
 def names_images(files: list[File]) -> bool:
     """Tell whether Parquet files name images instead of holding them, by the first of them."""
     first = next(file for file in files if split_suffix(file.name)[1] == "parquet")
-    with _opened(first.url, first.name) as parquet:
-        return find_path_column(parquet.schema_arrow) is not None
+    return find_path_column(read_schema(first.url, first.name)) is not None
+
+
+def read_schema(url: str, name: str) -> pa.Schema:
+    """Return the schema of a Parquet file.
+
+    Parameters
+    ----------
+    url, name : str
+        The name is for error messages.
+
+    Raises
+    ------
+    InputError
+        If it is not whole.
+    SourceChangedError
+        If it is gone.
+    """
+    with _opened(url, name) as parquet:
+        return parquet.schema_arrow
 
 
 @contextlib.contextmanager
@@ -252,13 +270,13 @@ def count_elsewhere(column: pa.Array | pa.ChunkedArray) -> int:
     return int(pc.sum(pc.and_(lacks, pc.is_valid(pc.struct_field(column, "path")))).as_py() or 0)
 
 
-def read_rows(
-    url: str,
-    name: str,
-    uid_column: str | None,
+def scan_rows(
+    source: Source,
+    table: tuple[str, str],
     key_names: tuple[str, ...],
+    uid_column: str | None = None,
     caption_column: str | None = None,
-) -> list[Row]:
+) -> Scan:
     """Index a table of samples whose vectors lie elsewhere, at the same row.
 
     A caption counts as missing only where the table has a column of them, and keys may repeat: a
@@ -266,14 +284,13 @@ def read_rows(
 
     Parameters
     ----------
-    url, name : str
-        Of the table; the name is for error messages.
-    uid_column : str or None
-        Column that identifies a sample.
+    source : Source
+    table : (str, str)
+        URL of the source's table, and its name for error messages.
     key_names : tuple of str
         Columns that may name a sample, best first.
-    caption_column : str, optional
-        Column that holds captions.
+    uid_column, caption_column : str, optional
+        Columns that identify a sample, and that hold its caption.
 
     Raises
     ------
@@ -283,23 +300,23 @@ def read_rows(
         If it is gone.
     """
     rows: list[Row] = []
-    with _opened(url, name) as parquet:
+    with _opened(*table) as parquet:
         schema = parquet.schema_arrow
-        _check_columns(name, schema, uid_column, caption_column)
+        _check_columns(table[1], schema, uid_column, caption_column)
         columns = [field.name for field in schema if is_plain(field.type)]
         texts = [one for one in columns if _is_text(schema.field(one).type)]
         caption = caption_column or index.find_name(texts, index.CAPTION_NAMES)
         roles = Roles("", False, caption, index.find_name(columns, key_names))
         for number in range(parquet.num_row_groups):
-            table = parquet.read_row_group(number, columns)
-            for fields in read_fields(table) or [{}] * table.num_rows:
+            group = parquet.read_row_group(number, columns)
+            for fields in read_fields(group) or [{}] * group.num_rows:
                 row = make_row(fields, len(rows), roles, uid_column)
                 if caption is None and row.ingest_reason == "caption_missing":
                     row.ingest_reason = None
                 row.row = len(rows)
                 rows.append(row)
     index.number_repeats(rows, is_fault=False)
-    return rows
+    return Scan(index.to_table(rows, source.name))
 
 
 def _check_columns(

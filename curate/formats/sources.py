@@ -91,6 +91,8 @@ class Source:
         Names of files beside it that belong to it.
     files : tuple of File
         Everything that it is made of; known only where the input has been listed.
+    copy : str or None
+        Where its content lies besides, on a local disk.
     """
 
     name: str
@@ -99,9 +101,15 @@ class Source:
     size_bytes: int = 0
     companions: tuple[str, ...] = ()
     files: tuple[File, ...] = field(default=(), compare=False, repr=False)
+    copy: str | None = field(default=None, compare=False)
+
+    @property
+    def content(self) -> str:
+        """Where its content is best read: a copy on a disk, if there is one."""
+        return self.copy or self.url
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but `url`, which depends on where the root is, and `files`."""
+        """Return all but `url` and `copy`, which are places, and `files`."""
         names = ("name", "kind", "size_bytes", "companions")
         return {name: getattr(self, name) for name in names}
 

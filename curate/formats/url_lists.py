@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curate.errors import InputError
 from curate.formats import index
 from curate.formats.folder import read_records
 from curate.formats.img2dataset import STATS
-from curate.formats.parquet import PATH_NAMES, holds_images
+from curate.formats.parquet import PATH_NAMES, holds_images, read_schema
 from curate.formats.sources import (
     TABLES,
     File,
     Source,
     check_name,
     list_files,
-    open_binary,
+    readable,
     split_suffix,
 )
 
@@ -102,9 +101,13 @@ def find_lists(
 
 
 def _is_list(table: File, url_column: str | None) -> bool:
-    names = list(_types(table.url, table.name))
-    if split_suffix(table.name)[1] == "parquet" and holds_images(table.url, table.name):
-        return False
+    if split_suffix(table.name)[1] == "parquet":
+        schema = read_schema(table.url, table.name)
+        if holds_images(schema):
+            return False
+        names = list(_plain_types(schema))
+    else:
+        names = list(_types(table.url, table.name))
     if url_column is not None:
         return url_column in names
     return index.find_name(names, PATH_NAMES) is None and bool(index.find_name(names, URL_NAMES))
@@ -114,14 +117,7 @@ def _types(url: str, name: str) -> dict[str, pa.DataType]:
     """Return a list's columns; all of a CSV are text, and a JSONL's are told by its first rows."""
     suffix = split_suffix(name)[1]
     if suffix == "parquet":
-        with open_binary(url) as file:
-            try:
-                schema = pq.read_schema(file)
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(
-                    f"{name}: must be a whole Parquet file. Remove it or copy it again."
-                ) from error
-        return {field.name: _plain_type(field.type) for field in schema if _is_kept(field.type)}
+        return _plain_types(read_schema(url, name))
     if suffix != "jsonl":
         return {name: pa.string() for name in next(read_records(url), {}) if name}
     found: dict[str, set[pa.DataType]] = {}
@@ -131,6 +127,10 @@ def _types(url: str, name: str) -> dict[str, pa.DataType]:
             if value is not None:
                 kinds.add(_JSON.get(type(value), pa.string()))
     return {column: _common(kinds) for column, kinds in found.items()}
+
+
+def _plain_types(schema: pa.Schema) -> dict[str, pa.DataType]:
+    return {field.name: _plain_type(field.type) for field in schema if _is_kept(field.type)}
 
 
 _JSON = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -213,14 +213,9 @@ def read_rows(source: Source) -> Iterator[list[dict[str, Any]]]:
         If the table is not whole.
     """
     records = read_records(source.url)
-    try:
+    with readable(source.name, "a whole table"):
         while batch := list(itertools.islice(records, _BATCH_ROWS)):
             yield batch
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{source.name}: must be a whole table; it cannot be read to its end. "
-            "Remove it or copy it again."
-        ) from error
 
 
 def to_array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:

@@ -131,7 +131,7 @@ def scan(source: Source, uid_column: str | None = None, caption_column: str | No
     """
     counts: dict[str, float] = {}
     rows: list[Row] = []
-    with open_binary(source.url, _SCAN_BYTES) as file:
+    with open_binary(source.content, _SCAN_BYTES) as file:
         walk = Walk(file)
         file.seek(0)
         refuse_compressed(source.url, file.read(8))
@@ -272,8 +272,8 @@ def read_images(source: Source, rows: pa.Table) -> Iterator[bytes | None]:
     if all(offset is None for offset, _ in spans):
         yield from (None for _ in spans)
         return
-    start, data, gap = 0, b"", _choose_gap(source.url, spans)
-    with open_binary(source.url, 0) as file:
+    start, data, gap = 0, b"", _choose_gap(source.content, spans)
+    with open_binary(source.content, 0) as file:
         for i, (offset, size) in enumerate(spans):
             if offset is None:
                 yield None

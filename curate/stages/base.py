@@ -84,7 +84,7 @@ class Room:
 
     def open_images(self, index: pa.Table) -> Iterator[bytes | None]:
         """Yield the original bytes of index rows, in order; None where there is no image."""
-        return self.source().open(index)
+        return self.source().open(index, self.folders["ingest"])
 
     def layout(self) -> dict[str, Any]:
         """What `ingest` found and decided: `samples`, `format`, `shards`, widths of `vectors`."""
@@ -239,8 +239,11 @@ class Stage(BaseModel):
         """Figures of the finished stage for `run.json`."""
         return {}
 
-    def open(self, table: pa.Table) -> Iterator[bytes | None]:
-        """Yield the bytes of index rows; only the stage that made the index can."""
+    def release(self, room: Room) -> None:
+        """Let go, on this machine, of what no stage after this one asks for."""
+
+    def open(self, table: pa.Table, folder: str) -> Iterator[bytes | None]:
+        """Yield the bytes of index rows; only the stage that made the index, `folder`, can."""
         raise NotImplementedError
 
     def supplies_vectors(self) -> bool:

@@ -21,6 +21,7 @@ from curate.formats.sources import Source, find_root, identify
 from curate.stages.base import OneOrMore, Room, Stage, Step, Table, execution_only, one_task
 from curate.stages.download_inputs import (
     decide_shards,
+    hash_shard,
     read_layout,
     read_list,
     read_shard,
@@ -32,6 +33,8 @@ __all__ = ["SHARED_WITH_INGEST", "Download"]
 
 #: Fields that are ingest's: they say what a sample of the list is.
 SHARED_WITH_INGEST = ("inputs", "root", "dataset", "uid_column", "limit", "seed")
+#: Folder of what tells each shard, within the stage's own.
+_DIGESTS = "digests"
 #: How many kinds of failure `run.json` tells.
 _SHOWN_MESSAGES = 20
 
@@ -60,7 +63,7 @@ class Download(Stage):
     shard_samples: int | None = Field(
         default=None,
         description="URLs per shard, which a kill costs at most; default: a 16th of all, within "
-        "256 to 10 000.",
+        "256 to 10 000, in steps of twice as many.",
         ge=1,
     )
     max_bytes: int = Field(default=16_000_000, description="bytes of an image file at most", ge=1)
@@ -254,17 +257,39 @@ def _fit_image(
 
 
 def _fetch(room: Room, task: str) -> dict[str, float]:
-    """Download one shard and commit its files, the statistics last."""
+    """Download one shard and commit its files, the statistics last, and what tells it."""
     from curate.download import shards
 
     rows = read_shard(room, task)
-    target = room.path(DOWNLOADED)
+    digest, target = hash_shard(room, rows), room.path(DOWNLOADED)
+    earlier = _find_earlier(room, task, digest)
+    if earlier is not None:
+        for suffix in shards.FILES:
+            name = storage.join(DOWNLOADED, task + suffix)
+            storage.link(storage.join(earlier, name), room.path(name))
+        storage.commit_json(room.path(_DIGESTS, f"{task}.json"), digest)
+        stats = storage.read_json(room.path(DOWNLOADED, f"{task}_stats.json"))
+        return {"samples": len(rows), "taken_over": len(rows), **_counts(stats["status_dict"])}
     with storage.scratch(target) as folder:
         samples = read_layout(room)["shard_samples"]
         found = shards.download(rows, int(task), samples, _request(_stage(room)), folder)
         for suffix in shards.FILES:
             storage.publish_file(f"{folder}/{task}{suffix}", storage.join(target, task + suffix))
+    storage.commit_json(room.path(_DIGESTS, f"{task}.json"), digest)
     return {"samples": len(rows), **_counts(found)}
+
+
+def _find_earlier(room: Room, task: str, digest: str) -> str | None:
+    """Return the folder of another download in OUT that has the same shard: a list that grew."""
+    own = room.path().rstrip("/")
+    stages, _, name = own.rpartition("/")
+    for other in storage.list_names(stages):
+        told = storage.join(stages, other, _DIGESTS, f"{task}.json")
+        if other != name and other.startswith(f"{Download.name}-") and storage.exists(told):
+            folder = storage.join(stages, other)
+            if storage.read_json(told) == digest:
+                return folder
+    return None
 
 
 def _counts(found: dict[str, int]) -> dict[str, float]:

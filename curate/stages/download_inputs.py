@@ -1,5 +1,8 @@
 """What `download` reads: rows of URL lists in one form, and which of them make up which shard."""
 
+import hashlib
+import json
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +28,23 @@ from curate.stages.ingest import (
 if TYPE_CHECKING:
     from curate.stages.download import Download
 
-__all__ = ["decide_shards", "read_layout", "read_list", "read_shard", "shard_names"]
+__all__ = [
+    "decide_shards",
+    "hash_shard",
+    "read_layout",
+    "read_list",
+    "read_shard",
+    "shard_names",
+]
 
 _ROWS_PER_GROUP = 8192
+#: Parameters that say which rows a shard has, and nothing more of it.
+_OF_LISTS = frozenset(
+    (
+        *("dataset", "uid_column", "limit", "seed", "shard_samples"),
+        *("url_column", "caption_column"),
+    )
+)
 
 
 def _stage(room: Room) -> "Download":
@@ -109,7 +126,7 @@ def decide_shards(room: Room, task: str) -> dict[str, float]:
         picked = draw_places(uids, stage.limit, stage.seed)
         storage.commit_array(room.path("picked.npy"), picked)
         counts = np.bincount(picked[:, 0], minlength=len(urls)).tolist()
-    size = stage.shard_samples or shard_size(sum(counts))
+    size = stage.shard_samples or _choose_size(sum(counts))
     shards = [
         {"name": str(number).zfill(5), "samples": sum(b - a for _, a, b in parts), "parts": parts}
         for number, parts in enumerate(cut_shards(counts, size))
@@ -117,6 +134,11 @@ def decide_shards(room: Room, task: str) -> dict[str, float]:
     layout = {"samples": sum(counts), "shard_samples": size, "shards": shards}
     storage.commit_json(room.path("layout.json"), layout)
     return {"samples": sum(counts), "shards": len(shards)}
+
+
+def _choose_size(total: int) -> int:
+    """Return the URLs of a shard: as of samples, in steps, so that a list that grows keeps it."""
+    return min(256 << math.ceil(math.log2(shard_size(total) / 256)), 10_000)
 
 
 def read_layout(room: Room) -> dict[str, Any]:
@@ -143,6 +165,14 @@ def read_shard(room: Room, task: str) -> pa.Table:
             rows = picked[picked[:, 0] == number, 1][start:stop]
         tables.append(storage.read_rows(_rows_url(room, names[number]), rows))
     return _unite(tables)
+
+
+def hash_shard(room: Room, rows: pa.Table) -> str:
+    """Return what tells a shard: its rows, and what is wanted of their images."""
+    stage = _stage(room)
+    wanted = {k: v for k, v in stage.hashed_fields().items() if k not in _OF_LISTS}
+    record = [stage.version, wanted, read_layout(room)["shard_samples"], rows.to_pylist()]
+    return hashlib.blake2b(json.dumps(record).encode(), digest_size=16).hexdigest()
 
 
 def _unite(tables: list[pa.Table]) -> pa.Table:

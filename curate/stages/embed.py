@@ -35,6 +35,7 @@ from curate.stages.embed_plugins import (
     plugin_tables,
     table_of,
 )
+from curate.stages.ingest import Ingest
 from curate.stages.remove import BYTES_REASON, ByteLists
 
 if TYPE_CHECKING:
@@ -138,6 +139,9 @@ class Embed(Stage):
         from curate.models.precision import pick_device
 
         _load(self.encoder, pick_device())
+
+    def release(self, room: Room) -> None:
+        room.find(Ingest).copies(room.folders["ingest"]).clear()
 
     def facts(self, room: Room) -> dict[str, Any]:
         if not room.has_source_vectors():

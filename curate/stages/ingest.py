@@ -4,16 +4,18 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from curate import formats, storage
 from curate.errors import InputError
@@ -22,6 +24,7 @@ from curate.formats.index import UID, first_reason
 from curate.formats.sources import Source, find_root, identify, open_binary
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
+from curate.stages.ingest_spool import Spool, open_spool
 
 __all__ = [
     "DOWNLOADED",
@@ -120,6 +123,18 @@ class Ingest(Stage):
         default=None, description="Take this many samples at random; default: all.", ge=1
     )
     seed: int = Field(default=0, description="Seed of the draw of `limit`.")
+    spool: str | None = execution_only(
+        None,
+        "Folder on a disk of the worker's machine where remote tars stay until embed has read "
+        "them; default: in OUT where that is on a disk, else among temporary files.",
+        min_length=1,
+    )
+    spool_gb: float = execution_only(
+        32.0,
+        "GB that they may take on a disk, never more than a quarter of what is free; the others "
+        "are read twice. 0: all are.",
+        ge=0,
+    )
     shard_samples: int | None = Field(
         default=None,
         description="Samples per shard; default: a 16th of all, within 256 to 10 000.",
@@ -221,20 +236,33 @@ class Ingest(Stage):
         kinds = {source.kind for source in self.list_sources()}
         return any(formats.FORMATS[kind].open_vectors is not None for kind in kinds)
 
-    def open(self, table: pa.Table) -> Iterator[bytes | None]:
+    @field_validator("spool")
+    @classmethod
+    def _check_spool(cls, value: str | None) -> str | None:
+        if value is not None and not storage.is_local(value):
+            raise ValueError(f"a folder on a disk; got {value}")
+        return value
+
+    def copies(self, folder: str) -> Spool:
+        """Return the copies of remote tars that belong to the index in `folder`."""
+        return open_spool(folder, self.spool, self.spool_gb)
+
+    def open(self, table: pa.Table, folder: str) -> Iterator[bytes | None]:
         """Yield the image bytes of index rows, in order; None where a row has none.
 
         Parameters
         ----------
         table : pyarrow.Table
             Columns source_file, member, offset, size_bytes, row_group, row.
+        folder : str
+            Of the index.
 
         Raises
         ------
         SourceChangedError
             If a source is gone or no longer holds what was indexed.
         """
-        return formats.read_images(self.folder(), table)
+        return formats.read_images(self.folder(), table, self.copies(folder).find)
 
     def open_vectors(self, table: pa.Table, layout: dict[str, Any]) -> formats.Vectors:
         """Return the vectors of index rows, in order.
@@ -300,14 +328,23 @@ def _scan_url(room: Room, task: str) -> str:
 def _scan(room: Room, task: str) -> dict[str, float]:
     """Index one source."""
     ingest = _ingest(room)
-    source = read_source(room, task, ingest.folder())
+    source = _keep(room, read_source(room, task, ingest.folder()))
     found = formats.FORMATS[source.kind].scan(source, ingest.uid_column, ingest.caption_column)
     widths = formats.measure_vectors(source, ingest.vectors, found.table.num_rows)
     table = assign_uids(found.table, ingest.dataset)
     table = table.replace_schema_metadata({_WIDTHS: json.dumps(widths)})
     with storage.commit(_scan_url(room, task)) as path:
         pq.write_table(table, path, compression="ZSTD", row_group_size=_SCAN_GROUP_ROWS)
-    return {"samples": table.num_rows, **found.counts}
+    kept = {"spooled_bytes": os.path.getsize(source.copy)} if source.copy else {}
+    return {"samples": table.num_rows, **found.counts, **kept}
+
+
+def _keep(room: Room, source: Source) -> Source:
+    """Copy a remote tar to a disk, so that what is read for its index need not be read again."""
+    wanted = any(stage.name == "embed" for stage in room.pipeline)
+    if not wanted or source.kind != "webdataset" or storage.is_local(source.url):
+        return source
+    return replace(source, copy=_ingest(room).copies(room.path()).fetch(source))
 
 
 def hash_uid(*parts: str | int) -> str:
@@ -367,11 +404,7 @@ def _decide_layout(room: Room, task: str) -> dict[str, float]:
             "Check that the files are whole."
         )
     vectors = _agree_on_widths([record["name"] for record in records], urls)
-    if ingest.uid_column is not None and not any(map(_has_own_uids, urls)):
-        raise InputError(
-            f"ingest.uid_column: must name a field that samples have; got {ingest.uid_column}, "
-            "which none has. Leave it out or correct it."
-        )
+    _check_fields(ingest, records[0]["kind"], urls)
     repeats = _find_repeats(urls, sum(counts))
     storage.commit_array(room.path("repeats.npy"), repeats)
     if ingest.limit is not None and ingest.limit < sum(counts):
@@ -442,9 +475,35 @@ def count_rows(url: str) -> int:
         return int(pq.ParquetFile(file).metadata.num_rows)
 
 
-def _has_own_uids(url: str) -> bool:
-    column = storage.read_table(url, ["hash_uid"])["hash_uid"]
-    return bool(column.null_count < len(column))
+def _check_fields(ingest: Ingest, kind: str, urls: list[str]) -> None:
+    """Raise if no sample has a field that the user named.
+
+    Raises
+    ------
+    InputError
+    """
+    named = {"uid_column": "hash_uid"}
+    if kind in ("webdataset", "folder"):  # others have a schema that says it at once
+        named["caption_column"] = "caption"
+    for field, column in named.items():
+        name = getattr(ingest, field)
+        if name is not None and not any(_has_values(url, column) for url in urls):
+            found = ", ".join(_list_fields(urls[0])) or "none"
+            raise InputError(
+                f"ingest.{field}: must name a field that samples have; got {name}, which none "
+                f"has; found {found}. Leave it out or correct it."
+            )
+
+
+def _has_values(url: str, column: str) -> bool:
+    values = storage.read_table(url, [column])[column]
+    return bool(values.null_count < len(values))
+
+
+def _list_fields(url: str) -> list[str]:
+    """Return some names of fields that a scan's samples have."""
+    texts = storage.read_table(url, ["metadata"])["metadata"].slice(0, 100).to_pylist()
+    return list(dict.fromkeys(name for text in texts if text for name in json.loads(text)))[:12]
 
 
 def _find_repeats(urls: list[str], total: int) -> npt.NDArray[np.int64]:

@@ -24,6 +24,7 @@ from curate import formats, storage
 from curate.config import load_pipeline
 from curate.engine.runner import BoundStage, _commit_manifest, bind
 from curate.errors import ConfigError, InputError
+from curate.stages.download_inputs import _choose_size
 from curate.stages.ingest import draw_ranks
 from tests import web as local
 from tests.support import (
@@ -439,6 +440,46 @@ def test_a_retry_that_was_killed_between_two_files(web: Web, tmp_path: Path) -> 
     assert images(last)[web.url("/late.png")] == pictures()[20][0]
     stats = json.loads((folder / "00000_stats.json").read_text())
     assert (stats["count"], stats["successes"]) == (4, 4)
+
+
+def test_a_list_that_grew_costs_what_is_new(web: Web, tmp_path: Path) -> None:
+    rows = [*good_rows(web, 7), {"url": web.url("/none.png"), "caption": "gone"}]
+    path, out = write_list(tmp_path / "in/1.csv", rows), tmp_path / "out"
+    first = carry_out(path, out, shard_samples=4)
+    more = [{"url": web.serve(f"/more{i}.png", pictures()[i][0]), "caption": "x"} for i in range(3)]
+    write_list(path, [*rows, *more])
+    write_list(tmp_path / "in/2.csv", [{**more[0], "similarity": 1}])
+    web.asked.clear()
+    second = carry_out(path.parent, out, shard_samples=4)
+    assert second[0].fingerprints != first[0].fingerprints
+    assert web.asked == {"/more0.png": 2, "/more1.png": 1, "/more2.png": 1}
+    marks = second[0].room.path("done", "fetch")
+    taken = {name: storage.read_json(f"{marks}/{name}").get("taken_over") for name in
+             storage.list_names(marks)}  # fmt: skip
+    assert taken == {"00000.json": 4, "00001.json": 4, "00002.json": None}
+    # The same as if nothing had been there before.
+    whole = carry_out(path.parent, tmp_path / "anew", shard_samples=4)
+    assert index_of(second) == index_of(whole)
+    assert images(second) == images(whole)
+    assert second[1].fingerprints == whole[1].fingerprints
+    # Another wish is another download, and what is tried again leaves the earlier one as it was.
+    web.asked.clear()
+    carry_out(path.parent, out, shard_samples=4, max_bytes=15_000_000)
+    assert web.asked.total() == 12
+    web.serve("/none.png", pictures()[9][0])
+    third = carry_out(path.parent, out, shard_samples=4, retry_failed=1)
+    assert [row["ingest_reason"] for row in index_of(third)][7] is None
+    assert [row["ingest_reason"] for row in index_of(first)][7] == "failed_to_download"
+    stats = storage.read_json(first[0].room.path("images", "00001_stats.json"))
+    assert (stats["count"], stats["successes"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("total", "size"),
+    [(1, 256), (4096, 256), (4097, 512), (8192, 512), (90_000, 8192), (10**6, 10_000)],
+)
+def test_sizes_of_shards_change_in_steps(total: int, size: int) -> None:
+    assert _choose_size(total) == size
 
 
 def test_what_is_wanted_makes_another_download_and_how_it_is_had_does_not(

@@ -83,9 +83,11 @@ def test_index_of_uneven_tars(tmp_path: Path, data: Path) -> None:
     assert stats["shards"] == {"samples": 800}
     stage = room.stage
     assert isinstance(stage, Ingest)
-    assert list(stage.open(table)) == [JPEG + key.encode() for key in keys_of(0, 800)]
+    assert list(stage.open(table, room.path())) == [JPEG + key.encode() for key in keys_of(0, 800)]
     some = table.take(pa.array([701, 5, 720]))
-    assert list(stage.open(some)) == [JPEG + k.encode() for k in ("00701", "00005", "00720")]
+    assert list(stage.open(some, room.path())) == [
+        JPEG + k.encode() for k in ("00701", "00005", "00720")
+    ]
 
 
 def test_three_samples(tmp_path: Path) -> None:
@@ -133,14 +135,14 @@ def test_other_stores(tmp_path: Path) -> None:
             table, _, room = run(tmp_path, inputs=(text,))
             assert table["source_file"].to_pylist() == ["0.tar"] * 50 + ["1.tar"] * 50
             assert isinstance(room.stage, Ingest)
-            images = list(room.stage.open(table))
+            images = list(room.stage.open(table, room.path()))
             assert images == [JPEG + key.encode() for key in keys_of(0, 50)] * 2
             stage = room.stage
         remote = Ingest(inputs=("memory://bucket/tars/0.tar",)).sources()
         assert remote == Ingest(inputs=(str(local),)).sources()
         store.rm("/bucket/tars/1.tar")
         with pytest.raises(SourceChangedError):
-            list(stage.open(table))
+            list(stage.open(table, room.path()))
     finally:
         store.rm("/bucket", recursive=True)
 
@@ -210,8 +212,10 @@ def test_the_sources_own_uid(tmp_path: Path) -> None:
     named, _, _ = run(tmp_path, inputs=inputs, uid_column="id")
     assert named["ingest_reason"].to_pylist() == [None, None, None, "duplicate_uid"]
     assert len(set(named["uid"].to_pylist())) == 4
-    with pytest.raises(InputError, match="must name a field that samples have; got hash"):
-        run(tmp_path, inputs=inputs, uid_column="hash")
+    for column in ("uid_column", "caption_column"):
+        said = f"ingest.{column}: must name a field that samples have; got hash, .* found id[.]"
+        with pytest.raises(InputError, match=said):
+            run(tmp_path, inputs=inputs, **{column: "hash"})
 
 
 def test_repeated_uids_are_found_in_several_passes(
@@ -243,7 +247,9 @@ def test_limit_knows_no_order(tmp_path: Path, data: Path) -> None:
     other, _, _ = run(tmp_path, inputs=(str(data),), limit=100, seed=1)
     assert set(other["key"].to_pylist()) != kept
     assert isinstance(room.stage, Ingest)
-    assert list(room.stage.open(one)) == [JPEG + k.encode() for k in one["key"].to_pylist()]
+    assert list(room.stage.open(one, room.path())) == [
+        JPEG + k.encode() for k in one["key"].to_pylist()
+    ]
     everything, _, _ = run(tmp_path, inputs=(str(data),), limit=10_000)
     assert everything.equals(whole)
 
@@ -282,7 +288,7 @@ def test_parquet_and_tables_through_the_stage(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "p/0.parquet")
     found, stats, room = run(tmp_path, inputs=(str(tmp_path / "p"),))
     assert isinstance(room.stage, Ingest)
-    assert list(room.stage.open(found)) == [JPEG, None]
+    assert list(room.stage.open(found, room.path())) == [JPEG, None]
     assert stats["shards"] == {"samples": 2, "reason.image_missing": 1}
     (tmp_path / "t/img").mkdir(parents=True)
     (tmp_path / "t/img/0.jpg").write_bytes(JPEG)
@@ -291,7 +297,7 @@ def test_parquet_and_tables_through_the_stage(tmp_path: Path) -> None:
     for text in ("t", "t/meta.parquet"):
         found, _, room = run(tmp_path, inputs=(str(tmp_path / text),))
         assert isinstance(room.stage, Ingest)
-        assert list(room.stage.open(found)) == [JPEG]
+        assert list(room.stage.open(found, room.path())) == [JPEG]
         assert found["caption"].to_pylist() == ["named"]
     before = room.stage.sources()
     (tmp_path / "t/img/0.jpg").write_bytes(JPEG[::-1])
@@ -305,7 +311,7 @@ def test_loose_images_at_the_root(tmp_path: Path) -> None:
     for text in ("in", "in/*"):
         found, _, room = run(tmp_path, inputs=(str(tmp_path / text),))
         assert isinstance(room.stage, Ingest)
-        assert list(room.stage.open(found)) == [JPEG]
+        assert list(room.stage.open(found, room.path())) == [JPEG]
         assert (found["source_file"].to_pylist(), found["member"].to_pylist()) == (
             ["./"],
             ["0.jpg"],
@@ -397,10 +403,10 @@ def test_source_that_vanished_or_shrank(tmp_path: Path, data: Path) -> None:
     assert isinstance(room.stage, Ingest)
     (data / "1.tar").write_bytes(b"")
     with pytest.raises(SourceChangedError, match=r"1\.tar"):
-        list(room.stage.open(table))
+        list(room.stage.open(table, room.path()))
     (data / "0.tar").unlink()
     with pytest.raises(SourceChangedError, match=r"0\.tar"):
-        list(room.stage.open(table))
+        list(room.stage.open(table, room.path()))
 
 
 @pytest.mark.parametrize(
@@ -427,6 +433,8 @@ def test_only_what_changes_the_result_is_hashed() -> None:
         "root",
         "incomplete",
         "wait_seconds",
+        "spool",
+        "spool_gb",
     ]
 
 
