@@ -266,7 +266,7 @@ def _fold_norms(module: torch.nn.Module) -> None:
 
     In timm's EfficientNet the one is registered after the other whose output it takes.
     """
-    from timm.layers import BatchNormAct2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     before: tuple[str, torch.nn.Module] | None = None
     for name, part in list(module.named_children()):

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curate.dedup import cells
 from curate.dedup.cells import merge_cells, order_cells, search_cell
 from curate.dedup.groups import Spots, walk
 from curate.dedup.neighbors import Rows, exact_cosines, unit_rows
@@ -140,6 +141,16 @@ def test_more_copies_than_candidates_are_all_found_where_they_are_dense(most: in
     written = {(min(pair), max(pair)) for pair in pairs}
     assert written | pairs_of(vectors, found.spots, 0.9) == all_pairs(vectors, 0.9, members)
     assert bool(found.spots) == (most == 40)
+
+
+def test_few_pairs_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, members = Rows.of(mixture(3, 600, 400)), np.arange(700)
+    whole = search_cell(vectors, members, 0.95)
+    monkeypatch.setattr(cells, "_MOST_PAIRS", 5000)
+    parts = search_cell(vectors, members, 0.95)
+    for one, other in zip(whole[:3], parts[:3], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(whole.spots) == len(parts.spots) > 0
 
 
 def test_cells_on_one_picture_are_merged() -> None:
