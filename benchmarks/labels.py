@@ -28,7 +28,7 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_
 
 from curate.memorization.folds import hash_unit
 
-__all__ = ["LABELS"]
+__all__ = ["LABELS", "rank_quality", "read_judged"]
 
 Array = np.ndarray[Any, Any]
 
@@ -36,6 +36,9 @@ LABELS = ("right", "loose", "uninformative", "wrong")
 
 #: Ranks by mismatch probability, from the top, at which strata end, and pairs drawn of each.
 _STRATA = ((200, 200), (600, 0.2), (1600, 0.2), (None, 0.4))
+
+#: Samples of the bootstrap.
+_BOOTSTRAPS = 500
 
 _COLUMNS, _LINES = 4, 5
 _CELL = (290, 268)
@@ -218,19 +221,13 @@ def judge(out: Path, truth: Path, labels: Path) -> None:
         "mean_probability": _mean(probability[picked], weight),
     }
     said = -table["caption_information"].to_numpy()
+    captions = np.array(table["caption"].to_pylist())[picked]
     for name, kind, values in (
         ("wrong_by_probability", wrong, probability),
         ("bad_by_probability", bad, probability),
         ("uninformative_by_information", bad - wrong, said),
     ):
-        doubled = (np.r_[np.ones(len(kind)), np.zeros(len(kind))], np.tile(values[picked], 2))
-        weights = np.r_[kind * weight, (1 - kind) * weight]
-        report[name] = {
-            "auroc": round(float(roc_auc_score(*doubled, sample_weight=weights)), 4),
-            "average_precision": round(
-                float(average_precision_score(*doubled, sample_weight=weights)), 4
-            ),
-        }
+        report[name] = rank_quality(kind, values[picked], weight, captions)
     report["by_rank"] = [
         {
             "ranks": [first, last],
@@ -243,6 +240,56 @@ def judge(out: Path, truth: Path, labels: Path) -> None:
         for inside in [(rank[picked] >= first) & (rank[picked] < (last or len(rank)))]
     ]
     click.echo(json.dumps(report))
+
+
+def rank_quality(kind: Array, values: Array, weight: Array, groups: Array) -> dict[str, Any]:
+    """Tell how well a score finds pairs of one kind in the corpus that they were drawn from.
+
+    Parameters
+    ----------
+    kind : (N,) floating, [0, 1]
+        Share of the judges who said so: a pair counts so much for, the rest against.
+    values : (N,) floating
+        Higher is to be of the kind.
+    weight : (N,) floating
+        How many pairs each stands for.
+    groups : (N,)
+        Pairs of equal group are one observation, such as those of one caption.
+
+    Returns
+    -------
+    dict
+        `auroc` with its `interval` (95 %, bootstrap over groups), `average_precision`, and
+        `effective`: so many equal weights would be as sure as those of the kind's pairs.
+    """
+    kinds, doubled = np.r_[np.ones(len(kind)), np.zeros(len(kind))], np.tile(values, 2)
+
+    def auroc(weight: Array) -> float:
+        weights = np.r_[kind * weight, (1 - kind) * weight]
+        return float(roc_auc_score(kinds, doubled, sample_weight=weights))
+
+    rng = np.random.default_rng(0)
+    _, places = np.unique(groups, return_inverse=True)
+    number = places.max() + 1
+    draws = (rng.multinomial(number, np.full(number, 1 / number)) for _ in range(_BOOTSTRAPS))
+    drawn = [weight * draw[places] for draw in draws]
+    spread = [
+        auroc(part) for part in drawn if (kind * part).sum() > 0 and ((1 - kind) * part).sum() > 0
+    ]
+    own = kind * weight
+    return {
+        "auroc": round(auroc(weight), 4),
+        "interval": [round(float(end), 3) for end in np.quantile(spread, (0.025, 0.975))],
+        "average_precision": round(
+            float(
+                average_precision_score(
+                    kinds, doubled, sample_weight=np.r_[own, (1 - kind) * weight]
+                )
+            ),
+            4,
+        ),
+        "effective": round(float(own.sum() ** 2 / (own**2).sum()), 1),
+    }
 
 
 def _mean(values: Array, weight: Array | None = None) -> float | None:

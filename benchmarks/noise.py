@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.mismatch import calibration_error
 from benchmarks.planting import CLEAN
+from benchmarks.titles import by_title, split_parts
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, read_corpus, run_score
 from curate.memorization.mismatch import normalise_caption
 from curate.stages.score import Score
@@ -116,6 +117,30 @@ def _garbled(caption: str, rng: np.random.Generator) -> str:
     return "".join(rng.permutation(list(caption))).strip() or "."
 
 
+def _retitled(longest: int) -> Any:
+    """Series of up to so many pictures of a category get the title of another; tags stay."""
+
+    def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+        given: dict[int, str] = {}
+        for category in np.unique(corpus.categories[rows]):
+            waiting = rng.permutation(rows[corpus.categories[rows] == category])
+            others = np.setdiff1d(np.flatnonzero(corpus.categories == category), rows)
+            while len(waiting) and len(others):
+                size = int(rng.integers(1, longest + 1))
+                series, waiting = waiting[:size], waiting[size:]
+                donor = int(rng.choice(others))
+                title = split_parts(str(corpus.captions[donor]))[0]
+                for row in series[_differs(corpus, donor, series)].tolist():
+                    first, *rest = split_parts(str(corpus.captions[row]))
+                    if rest and normalise_caption(first) != normalise_caption(title):
+                        given[row] = f"{title}. {', '.join(rest)}"
+        captions = list(given.values())
+        changed = np.array(list(given), np.int64)
+        return corpus.with_captions(changed, np.array(captions), embed_captions(captions)), changed
+
+    return spoil
+
+
 def _pictured(make: Callable[[np.random.Generator], Image.Image]) -> Any:
     def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
         return corpus.with_pictures(rows, embed_pictures([make(rng) for _ in rows])), rows
@@ -141,6 +166,8 @@ KINDS: dict[str, Spoil] = {
     "one_word": _reworded(_one_word),
     "first_third": _reworded(lambda caption, _: caption[: max(3, len(caption) // 3)]),
     "garbled": _reworded(_garbled),
+    "title": _retitled(1),
+    "series": _retitled(24),
     "sales": _reworded(lambda caption, _: f"{caption}. {_SALES}"),
     "noise_picture": _pictured(_noise_picture),
     "one_colour": _pictured(_one_colour),
@@ -226,8 +253,16 @@ def _share(values: Array) -> float:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--as-is", is_flag=True, help="All rows instead of one of each cluster.")
 @click.option("--twins", is_flag=True, help="A row's duplicates are spoilt alike.")
+@click.option("--titles", is_flag=True, help="Judge captions by their titles alone.")
 def main(
-    out: str, truth: str, kinds: tuple[str, ...], share: float, seed: int, as_is: bool, twins: bool
+    out: str,
+    truth: str,
+    kinds: tuple[str, ...],
+    share: float,
+    seed: int,
+    as_is: bool,
+    twins: bool,
+    titles: bool,
 ) -> None:
     """Measure on the clean pairs of the run in OUT, whose planted truth is TRUTH."""
     corpus = read_corpus(out, truth)
@@ -235,6 +270,7 @@ def main(
     corpus = corpus if as_is else corpus.one_per_cluster()
     for kind in kinds or tuple(KINDS):
         spoilt, planted = plant(corpus, kind, share, seed, twins)
+        spoilt = by_title(spoilt) if titles else spoilt
         scored = run_score(spoilt, Score(seed=seed))
         probability = scored.columns["mismatch_probability"]
         information = scored.columns["caption_information"]
