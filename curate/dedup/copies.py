@@ -77,8 +77,8 @@ _LIGHT = (0.69, 1.45)
 _STRICT_SHARE, _STRICT_MATCH, _LIGHT_WORST = 0.6, 0.98, 4.0
 #: Grey levels by which channels of a grey picture may differ.
 _GREY = 8
-#: A picture is plain where its pixels (but for these percentiles, and a frame of an eighth) differ by
-#: no more grey levels. Colour is all it shows, and any other would be explained by other light.
+#: A picture is plain where its pixels (but for these percentiles, and a frame of an eighth) differ
+#: by no more grey levels. Colour is all it shows, and any other would be explained by other light.
 _PLAIN, _PLAIN_RANGE = 24, (1, 99)
 #: Pixels that a fit of light needs.
 _LIT_PIXELS = 40

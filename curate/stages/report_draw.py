@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate import storage
 from curate.memorization.folds import hash_unit
 from curate.report.page import Chart, Gallery, Group
 from curate.schema import COLUMNS, REASONS, public_columns
@@ -280,10 +279,10 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
     _fetch(first, others - found.rows.keys(), found.rows)
     rows.update({uid: found.rows[uid] for uid in sorted(others) if uid in found.rows})
     totals = {reason: best.total for reason, best in first.by_reason.items()}
+    warnings = [*first.captions.warnings(vectors, list(mapped)), *_warn(first, totals)]
     return Drawn(
         totals, galleries, rows, found.charts, curve, rate, ladder,
-        found.density.told() if found.density else None,
-        [*first.captions.warnings(vectors, list(mapped)), *_warn(first, totals)], first.scores, places,
+        found.density.told() if found.density else None, warnings, first.scores, places,
     )  # fmt: skip
 
 
@@ -450,7 +449,7 @@ def _hang(first: _Pass, found: _Found) -> tuple[list[Gallery], dict[str, dict[st
     def pick(label: str, choice: _Best | None) -> tuple[str, list[dict[str, Any]], int]:
         return (label, choice.samples(), choice.total) if choice else (label, [], 0)
 
-    near = (pick("kept: just below", best["below"]), pick("dropped: just above", best["above"]))
+    near = (pick("just below", best["below"]), pick("just above: dropped", best["above"]))
     kinds = (
         pick("beneficial and kept", best["beneficial"]),
         pick("harmful and dropped", best["harmful"]),

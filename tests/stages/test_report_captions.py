@@ -49,8 +49,8 @@ def test_captions_of_unlike_pictures_are_told(vectors: np.ndarray) -> None:
         "5.0% of captions are one and the same: “a ring”",
     ]
     assert lines[2:] == [
-        "1 caption is shared by pictures that do not look alike (5.0% of samples), as “  Part of\ta "
-        "COLLECTION”; --set select.max_caption_repeats=4 keeps at most 4 of each"
+        "1 caption is shared by pictures that do not look alike (5.0% of samples), as “  Part "
+        "of\ta COLLECTION”; --set select.max_caption_repeats=4 keeps at most 4 of each"
     ]
 
 
