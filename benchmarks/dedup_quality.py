@@ -170,7 +170,7 @@ class _Runs:
             np.r_[edges["right_row"].to_numpy(), nodes[equal]],
         ]
         numbers = self._numbers()
-        seconds = sum(step["busy_seconds"] for step in stage["steps"].values())
+        seconds = sum(step.get("busy_seconds", 0) for step in stage["steps"].values())
         return _once(numbers[rows[0]], numbers[rows[1]]), seconds
 
     def _numbers(self) -> Array:

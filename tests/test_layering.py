@@ -34,6 +34,7 @@ CONFINED = {
     "torchvision": ("models/",),
     "open_clip": ("models/",),
     "timm": ("models/",),
+    "sklearn": ("stages/report_map.py",),
     "transformers": ("models/", "audit/monitor.py"),
     "faiss": ("dedup/neighbors.py",),
     "onnxruntime": ("plugins/",),

@@ -11,9 +11,9 @@ and this disposes, with two questions:
    everywhere (compression, resampling), another picture of the series a lot in one place.
 
 Where they differ, they may still be a picture and its copy turned by a few degrees, in other
-light, or without colour. Each is tried and has to fit at least as well. Mirrored pictures and such
-with a line of text are left alone: arrows to the left and to the right, signs with two numbers are
-no copies.
+light, or without colour. Each is tried and has to fit at least as well; of plain pictures, which
+show nothing but a colour, only turns are. Mirrored pictures and such with a line of text are left
+alone: arrows to the left and to the right, signs with two numbers are no copies.
 """
 
 from collections.abc import Iterator
@@ -77,6 +77,9 @@ _LIGHT = (0.69, 1.45)
 _STRICT_SHARE, _STRICT_MATCH, _LIGHT_WORST = 0.6, 0.98, 4.0
 #: Grey levels by which channels of a grey picture may differ.
 _GREY = 8
+#: A picture is plain where its pixels (but for these percentiles, and a frame of an eighth) differ
+#: by no more grey levels. Colour is all it shows, and any other would be explained by other light.
+_PLAIN, _PLAIN_RANGE = 24, (1, 99)
 #: Pixels that a fit of light needs.
 _LIT_PIXELS = 40
 
@@ -227,6 +230,14 @@ class _Target:
         return float(self.pixels.std())
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is of one colour but for a frame or a spot."""
+        edge = len(self.pixels) // 8
+        inside = self.pixels[edge:-edge, edge:-edge]
+        low, high = np.percentile(inside, _PLAIN_RANGE, axis=(0, 1))
+        return bool((high - low).max() <= _PLAIN)
+
+    @cached_property
     def moves(self) -> Array:
         """(4, side * side * 3): times differences, how far to move each edge of the window.
 
@@ -261,6 +272,8 @@ class _Look:
     def is_copy(self, degrees: float) -> bool:
         """Tell whether the pair passes as it is, turned or in other light."""
         start = self.window
+        if self.asked.strict and self.target.is_plain:
+            return False
         if self.registers(self.other):
             return True
         if self.asked.strict:
@@ -271,7 +284,7 @@ class _Look:
             if self.registers(turned):
                 return True
             self.worst, self.window = worst, window
-        if self.worst > _LIGHT_WORST * self.asked.max_difference:
+        if self.target.is_plain or self.worst > _LIGHT_WORST * self.asked.max_difference:
             return False
         pixels = _cut(self.other, self.window, len(self.target.pixels))
         white = (np.minimum(pixels, self.target.pixels).min(axis=2) >= _WHITE).mean()

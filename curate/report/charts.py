@@ -106,9 +106,11 @@ def draw_lines(
         legend.append(f'<span class="key line-{kind}">{escape(label)}</span>')
     if current is not None and current in xs:
         x = spots[list(xs).index(current)]
+        # A middled label would be cut off at either end.
+        anchor = "end" if x > spots[-1] - 24 else "start" if x < spots[0] + 24 else "middle"
         parts.append(
             f'<line class="now" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_down(0)}"/>'
-            f'<text class="now" x="{x:.1f}" y="{_TOP - 3}" text-anchor="middle">this run</text>'
+            f'<text class="now" x="{x:.1f}" y="{_TOP - 3}" text-anchor="{anchor}">this run</text>'
         )
     stops = " ".join(f"{x:.1f}" for x in spots)
     parts.append(
@@ -117,8 +119,16 @@ def draw_lines(
     )
     middle = math.exp((low + high) / 2)
     marks = _mark_across([(xs[0], 0.0), (middle, 0.5), (xs[-1], 1.0)])
-    marks += _mark_up([(0, 0), (top / 2, 0.5), (top, 1)], "{:.0%}" if top > 0.05 else "{:.2%}")
+    marks += _mark_up([(0, 0), (top / 2, 0.5), (top, 1)], _percents(top))
     return _frame(title, f"against {across}", "".join(parts) + marks, "".join(legend))
+
+
+def _percents(top: float) -> str:
+    """Format that tells half of `top` from nothing, in the room beside an axis."""
+    if 0 < top < 1e-4:
+        return "{:.0e}"
+    digits = 0 if top > 0.05 or top <= 0 else max(2, math.ceil(-math.log10(top)) - 1)
+    return f"{{:.{digits}%}}"
 
 
 def draw_steps(title: str, points: Sequence[tuple[float, int]]) -> str:

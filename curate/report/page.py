@@ -277,7 +277,7 @@ def render_page(
         `column`, `low`, `high` and `counts` over rarity (rows) and that column; `regions`:
         samples and dropped samples of each part that can be chosen; `shown` (uids of each).
     places : dict, optional
-        `points` and `share` of the map.
+        `points` and `trust` of the map, see `report_map.draw_map`.
     """
     body = [
         _render_head(overview),
@@ -460,11 +460,13 @@ def _render_map(places: dict[str, Any] | None) -> str:
     if places is None:
         return ""
     number = len(places["points"])
+    trust = ""
+    if places["trust"] is not None:
+        trust = f" (trustworthiness {places['trust']:.2f}; 1: always)"
     return (
-        f'<section id="map"><h2>Map</h2><p>{number:,} samples at random, by the two principal '
-        "components (PCA) of their image vectors, which hold "
-        f"{places['share']:.0%} of the variance: what lies far apart differs, what lies together "
-        "need not be alike. Point at a dot, or move with the arrow keys.</p>"
+        f'<section id="map"><h2>Map</h2><p>{number:,} samples at random, laid out by t-SNE so that '
+        f"neighbours have like pictures{trust}. Sizes of groups and distances between them mean "
+        "little. Point at a dot, or move with the arrow keys.</p>"
         '<div id="colours" class="chips" role="group" aria-label="Colour of the dots"></div>'
         '<p class="legend"><span class="key dot kept">kept</span> '
         '<span class="key dot dropped">dropped</span> <span id="scale"></span></p>'

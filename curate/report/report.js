@@ -61,7 +61,7 @@
     const shown = options.scores || ["mismatch_probability", "rarity", "representative_cosine"];
     const brief = scores
       .filter(([name]) => shown.includes(name))
-      .map(([name, value]) => `${LABELS[name] || name} ${value.toFixed(3)}`);
+      .map(([name, value]) => `${LABELS[name] || name}\u00a0${value.toFixed(3)}`);
     if (sample.kind && sample.kind !== "none") brief.unshift(sample.kind);
     return make(
       "figure",
@@ -205,6 +205,7 @@
     const NAMESPACE = "http://www.w3.org/2000/svg";
     const plane = find("plane");
     const points = [...data.map].sort((one, other) => one[1] - other[1]);
+    const isKept = ([item]) => data.samples[item].keep;
     const marks = points.map(([item, x, y]) => {
       const keep = data.samples[item].keep;
       const mark = document.createElementNS(NAMESPACE, keep ? "circle" : "path");
@@ -213,8 +214,8 @@
       if (keep) {
         mark.setAttribute("cx", left);
         mark.setAttribute("cy", top);
-        mark.setAttribute("r", 2.6);
-      } else mark.setAttribute("d", `M${left} ${top - 3.6}l3.6 3.6l-3.6 3.6l-3.6-3.6z`);
+        mark.setAttribute("r", 1.9);
+      } else mark.setAttribute("d", `M${left} ${top - 2.7}l2.7 2.7l-2.7 2.7l-2.7-2.7z`);
       return mark;
     });
     // Five steps of rarity; eight colours for clusters, so that neighbours may share one.
@@ -254,7 +255,9 @@
       find("colours").append(button);
     }
     colour("verdict");
-    plane.append(...marks);
+    // The few that were dropped lie on top.
+    plane.append(...marks.filter((_, number) => isKept(points[number])));
+    plane.append(...marks.filter((_, number) => !isKept(points[number])));
     let at = -1;
     function go(next) {
       const place = Math.max(0, Math.min(points.length - 1, next));

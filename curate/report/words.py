@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["describe_facts", "stage_times"]
+__all__ = ["describe_facts", "describe_repeated", "describe_unlike", "stage_times"]
 
 _ODDITIES = {
     "truncated_files": "input files are cut off; what comes before the cut was read",
@@ -13,6 +13,8 @@ _ODDITIES = {
 
 #: Above this estimated share real pairs are hardly told from planted ones.
 _NEARLY_ALL = 0.9
+#: Characters of a caption within a sentence.
+_SHOWN_CHARS = 80
 
 
 def stage_times(stages: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -47,6 +49,35 @@ def _describe_input(facts: dict[str, Any]) -> list[str]:
         mostly = f"; failed at first: {', '.join(why)}" if why else ""
         lines.append(f"Downloaded {got['images']} of {got['urls']} URLs{mostly}")
     return lines
+
+
+def describe_repeated(caption: str, share: float) -> str:
+    """Return a warning of a caption that a share of the samples has."""
+    return f"{share:.1%} of captions are one and the same: “{_cut(caption)}”"
+
+
+def describe_unlike(number: int, share: float, example: str, most: int) -> str:
+    """Return a warning of captions that say too little, as unlike pictures share them.
+
+    Parameters
+    ----------
+    number : int
+        Captions.
+    share : float
+        Of the samples that have one of them.
+    example : str
+    most : int
+        `select.max_caption_repeats` that would cap them.
+    """
+    many = f"{number:,} captions are" if number > 1 else "1 caption is"
+    return (
+        f"{many} shared by pictures that do not look alike ({share:.1%} of samples), as "
+        f"“{_cut(example)}”; --set select.max_caption_repeats={most} keeps at most {most} of each"
+    )
+
+
+def _cut(caption: str) -> str:
+    return caption if len(caption) <= _SHOWN_CHARS else f"{caption[:_SHOWN_CHARS]} …"
 
 
 def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str]:

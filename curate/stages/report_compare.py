@@ -27,7 +27,7 @@ from curate.stages.report_curves import (
     numbers,
     trade_off,
 )
-from curate.stages.report_draw import FURTHER, SCORES, SHOWN
+from curate.stages.report_draw import FURTHER, SCORES, SHOWN, is_number
 
 __all__ = ["Side", "write_comparison"]
 
@@ -239,7 +239,9 @@ def _describe(this: Side, other: Side, moves: _Moves, seed: int) -> Comparison:
 
 def _pairs(this: Side, other: Side) -> Iterator[Pair]:
     """Histograms of the scores that both have, over a range in common."""
+    shared = set(this.room.further()) & set(other.room.further())
     names = tuple(n for n in SCORES if this.room.has(n) and other.room.has(n))
+    names += tuple(n for n in this.room.further() if n in shared and _holds_numbers(n, this, other))
     low, high = dict.fromkeys(names, np.inf), dict.fromkeys(names, -np.inf)
     for table in itertools.chain(this.read(names), other.read(names)):
         for name in names:
@@ -254,6 +256,11 @@ def _pairs(this: Side, other: Side) -> Iterator[Pair]:
                 counted[place] += count_bins(numbers(table, name), low[name], high[name])
     for name, (own, others) in bins.items():
         yield Pair(name, low[name], high[name], own.tolist(), others.tolist())
+
+
+def _holds_numbers(name: str, *sides: Side) -> bool:
+    """Whether a plug-in's column is numeric in all runs."""
+    return all(is_number(table[name].type) for side in sides for table in side.read((name,)))
 
 
 def _rate_curves(this: Side, other: Side, seed: int) -> tuple[Any, Any, Any]:

@@ -13,6 +13,7 @@ from curate.stages.select import mismatch_limit
 
 __all__ = [
     "BINS",
+    "Array",
     "Judged",
     "choose_rates",
     "column",
@@ -22,7 +23,6 @@ __all__ = [
     "judge",
     "needed_rate",
     "numbers",
-    "project",
     "trade_off",
 ]
 
@@ -266,29 +266,3 @@ def count_bins(values: Array, low: float, high: float) -> Array:
     width = (high - low) / BINS or 1.0
     places = np.clip(((found - low) / width).astype(np.int64), 0, BINS - 1)
     return np.bincount(places, minlength=BINS)
-
-
-def project(vectors: Array) -> tuple[Array, float]:
-    """Lay vectors on a plane by their two principal components.
-
-    Parameters
-    ----------
-    vectors : (N, D) floating, N > 2, D > 1
-
-    Returns
-    -------
-    places : (N, 2) float64, [0, 1]
-        Rounded, so that the last digits of a decomposition do not show.
-    share : float
-        Part of the variance that the plane holds; 0 if there is none at all.
-    """
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
-    left, sizes, axes = np.linalg.svd(centred, full_matrices=False)
-    # The sign of a component is arbitrary: its largest weight is made positive.
-    signs = np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])
-    places = left[:, :2] * sizes[:2] * signs
-    low, high = places.min(axis=0), places.max(axis=0)
-    places = (places - low) / np.where(high > low, high - low, 1.0)
-    total = float((sizes**2).sum())
-    share = float((sizes[:2] ** 2).sum()) / total if total else 0.0
-    return np.round(places, 4), round(share, 4)

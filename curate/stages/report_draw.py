@@ -1,6 +1,5 @@
 """Which samples the report shows: passes over the shards that hold a bounded number of rows."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate import storage
 from curate.memorization.folds import hash_unit
 from curate.report.page import Chart, Gallery, Group
 from curate.schema import COLUMNS, REASONS, public_columns
 from curate.stages.base import Room
 from curate.stages.remove import REMOVALS
+from curate.stages.report_captions import Captions
 from curate.stages.report_curves import (
     BINS,
     Judged,
@@ -25,12 +24,12 @@ from curate.stages.report_curves import (
     join_judged,
     judge,
     numbers,
-    project,
     trade_off,
 )
+from curate.stages.report_map import MAPPED, draw_map, read_vectors
 from curate.stages.score_inputs import read_phantoms
 
-__all__ = ["FURTHER", "SCORES", "SHOWN", "Drawn", "draw"]
+__all__ = ["FURTHER", "SCORES", "SHOWN", "Drawn", "draw", "is_number"]
 
 Array = np.ndarray[Any, Any]
 
@@ -59,15 +58,10 @@ _CLUSTER_MEMBERS = 8
 _CLUSTER_KEPT = 3
 #: Samples along the slider: at 8 a side, one in ten is new with every stop.
 _LADDER = 160
-#: Samples on the map.
-_MAPPED = 600
 #: Least width of a histogram.
 _LEAST_SPAN = 0.01
 #: Rows held for curves and for the search of repeated captions.
 _ROWS_HELD = 500_000
-#: A caption, equal up to case and white space, that this share of samples has is worth a word.
-_REPEATED_SHARE = 0.01
-_REPEATED_LEAST = 5
 
 #: Reasons why a sample could not even be looked at.
 _UNREADABLE = tuple(
@@ -128,7 +122,7 @@ class Drawn:
     scores : tuple of str
         Numeric columns of which the page speaks, those of plug-ins included.
     places : dict or None
-        `points` (uid, across, down) of a random draw and the `share` of variance they show.
+        Of a random draw, see `report_map.draw_map`.
     """
 
     totals: dict[str | None, int]
@@ -144,7 +138,8 @@ class Drawn:
     places: dict[str, Any] | None = None
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type gets a histogram."""
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
@@ -160,12 +155,11 @@ class _Pass:
         self.limit: float = mismatch.get("max_probability", np.inf)
         self.by_reason: dict[str | None, _Best] = {}
         self.best = {name: _Best(min(count, _MOST_PICKED)) for name in _PICKED}
-        self.mapped = _Best(_MAPPED)
+        self.mapped = _Best(MAPPED)
         self.clusters: dict[str, int] = {}
         self.scores = SCORES
         self.ranges: dict[str, tuple[float, float]] = {}
-        self.captions: Counter[str] = Counter()
-        self.spellings: dict[str, str] = {}
+        self.captions = Captions(self.share)
         self.silent = 0
         self.judged: list[Judged] = []
 
@@ -173,7 +167,7 @@ class _Pass:
         columns = [name for name in (*SHOWN, *FURTHER) if self.room.has(name)]
         further = self.room.further()
         table = self.room.read(shard, [*columns, *further])
-        self.scores = (*SCORES, *(name for name in further if _is_number(table[name].type)))
+        self.scores = (*SCORES, *(name for name in further if is_number(table[name].type)))
         return table, hash_unit(table["uid"].to_pylist(), self.seed, "report")
 
     def look(self, table: pa.Table, ranks: Array) -> None:
@@ -198,7 +192,10 @@ class _Pass:
         self._pick(table, ranks, kept)
         self._find_clusters(table)
         self._judge(table)
-        self._listen(table, ranks)
+        self.captions.count(table, ranks)
+        if self.room.has("caption_information"):
+            with np.errstate(invalid="ignore"):
+                self.silent += int((numbers(table, "caption_information") < _SILENT).sum())
 
     def _pick(self, table: pa.Table, ranks: Array, kept: Array) -> None:
         self.best["dropped"].add(table, ranks, ranks, ~kept)
@@ -230,17 +227,6 @@ class _Pass:
     def _judge(self, table: pa.Table) -> None:
         if self.room.has("mismatch_probability"):
             self.judged.append(judge(table, self.seed, self.share))
-
-    def _listen(self, table: pa.Table, ranks: Array) -> None:
-        rows = np.flatnonzero(ranks < self.share)
-        for caption in table["caption"].take(pa.array(rows)).to_pylist():
-            folded = " ".join((caption or "").casefold().split())
-            if folded:
-                self.captions[folded] += 1
-                self.spellings.setdefault(folded, caption)
-        if self.room.has("caption_information"):
-            with np.errstate(invalid="ignore"):
-                self.silent += int((numbers(table, "caption_information") < _SILENT).sum())
 
 
 _PICKED = ("dropped", "doubtful", "below", "above", "beneficial", "harmful")
@@ -284,39 +270,20 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
     rows.update({uid: found.rows[uid] for uid in ladder if uid not in rows})
     for best in found.density.best if found.density else ():
         rows.update({row["uid"]: row for row in best.samples() if row["uid"] not in rows})
-    places = _map(first)
+    mapped = {row["uid"]: row for row in first.mapped.samples()}
+    vectors = read_vectors(room, [*mapped, *first.captions.uids()])
+    places = draw_map(vectors, list(mapped))
     if places is not None:
-        mapped = {row["uid"]: row for row in first.mapped.samples()}
         rows.update({uid: mapped[uid] for uid, _, _ in places["points"] if uid not in rows})
     others = {row["representative_uid"] for row in rows.values()} - {None, *rows}
     _fetch(first, others - found.rows.keys(), found.rows)
     rows.update({uid: found.rows[uid] for uid in sorted(others) if uid in found.rows})
     totals = {reason: best.total for reason, best in first.by_reason.items()}
+    warnings = [*first.captions.warnings(vectors, list(mapped)), *_warn(first, totals)]
     return Drawn(
         totals, galleries, rows, found.charts, curve, rate, ladder,
-        found.density.told() if found.density else None, _warn(first, totals), first.scores, places,
+        found.density.told() if found.density else None, warnings, first.scores, places,
     )  # fmt: skip
-
-
-def _map(first: _Pass) -> dict[str, Any] | None:
-    """Lay a random draw of pictures on a plane."""
-    wanted = pa.array([row["uid"] for row in first.mapped.samples()], pa.string())
-    if len(wanted) < 3:
-        return None
-    found: dict[str, Array] = {}
-    for shard in first.room.shards():
-        table = first.room.read(shard, ["image_emb"])
-        hits = table.filter(pc.is_in(table["uid"], value_set=wanted))
-        vectors, valid = storage.read_vectors(hits["image_emb"])
-        valid &= np.isfinite(vectors).all(axis=1)
-        names = np.array(hits["uid"].to_pylist(), object)
-        found.update(zip(names[valid].tolist(), vectors[valid], strict=True))
-    uids = [uid for uid in wanted.to_pylist() if uid in found]
-    if len(uids) < 3 or len(found[uids[0]]) < 2:
-        return None
-    places, share = project(np.stack([found[uid] for uid in uids]))
-    points = [(uid, x, y) for uid, (x, y) in zip(uids, places.tolist(), strict=True)]
-    return {"points": points, "share": share}
 
 
 def _phantoms(room: Room) -> dict[str, Array]:
@@ -379,6 +346,7 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
         hits = table.filter(pc.is_in(table["uid"], value_set=names))
         rows.update({row["uid"]: row for row in hits.to_pylist()})
         _gather_members(table, ranks, kept, clusters)
+        first.captions.choose(table, ranks)
         if density is not None:
             density.add(table, ranks, kept)
     charts = [
@@ -481,7 +449,7 @@ def _hang(first: _Pass, found: _Found) -> tuple[list[Gallery], dict[str, dict[st
     def pick(label: str, choice: _Best | None) -> tuple[str, list[dict[str, Any]], int]:
         return (label, choice.samples(), choice.total) if choice else (label, [], 0)
 
-    near = (pick("kept: just below", best["below"]), pick("dropped: just above", best["above"]))
+    near = (pick("just below", best["below"]), pick("just above: dropped", best["above"]))
     kinds = (
         pick("beneficial and kept", best["beneficial"]),
         pick("harmful and dropped", best["harmful"]),
@@ -522,12 +490,6 @@ def _warn(first: _Pass, totals: dict[str | None, int]) -> list[str]:
     """Say in words what somebody who only skims should not miss."""
     samples = max(sum(totals.values()), 1)
     lines = []
-    captions = sum(first.captions.values())
-    for folded, number in first.captions.most_common(3):
-        if number >= _REPEATED_LEAST and number >= _REPEATED_SHARE * captions:
-            text = first.spellings[folded]
-            shown = text if len(text) <= 80 else text[:80] + " …"
-            lines.append(f"{number / captions:.1%} of captions are one and the same: “{shown}”")
     unreadable = sum(totals.get(code, 0) for code in _UNREADABLE)
     if unreadable > 0.05 * samples:
         lines.append(f"{unreadable / samples:.1%} of samples could not be read")

@@ -197,6 +197,19 @@ def test_another_colour_on_the_same_white_is_not_another_light() -> None:
     assert confirmed(light, ImageEnhance.Brightness(light).enhance(0.85))
 
 
+@pytest.mark.parametrize("other", [(163, 106, 66), (146, 146, 146)])
+def test_colour_decides_about_plain_pictures(other: tuple[int, int, int]) -> None:
+    def swatch(colour: tuple[int, int, int]) -> Image.Image:
+        image = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(image).rounded_rectangle((1, 1, 62, 62), 3, fill=colour)
+        return image
+
+    tan = swatch((183, 139, 103))
+    assert not confirmed(tan, swatch(other))
+    assert confirmed(tan, recompressed(tan, 80))
+    assert confirmed(tan, swatch((185, 141, 105)))
+
+
 @pytest.mark.parametrize("radius", [9, 10, 11])
 def test_dots_of_another_size_are_not_another_light(radius: int) -> None:
     assert not confirmed(dots(radius=radius), dots(radius=radius + 1))

@@ -24,7 +24,6 @@ from curate.stages.report_curves import (
     join_judged,
     judge,
     needed_rate,
-    project,
     trade_off,
 )
 from curate.stages.report_draw import FURTHER, SHOWN, draw
@@ -296,24 +295,6 @@ def test_rates_are_such_as_one_types() -> None:
     assert choose_rates(np.zeros(4), 0.1) == []
     everything = Judged(np.array([b"a"] * 500), values, values, np.ones(500, bool), values)
     assert trade_off(everything, math.inf, rates, {})[-1]["kept"] == 500
-
-
-def test_the_map_is_the_plane_of_most_variance() -> None:
-    rng = np.random.default_rng(0)
-    plane = rng.normal(size=(50, 2)) * (9, 3)
-    turned, _ = np.linalg.qr(rng.normal(size=(8, 8)))
-    vectors = plane @ turned[:2] + rng.normal(size=(50, 8)) * 0.01
-    places, share = project(vectors.astype(np.float16))
-    assert share > 0.999
-    assert places.min() == 0
-    assert places.max() == 1
-    for number in range(2):
-        assert abs(np.corrcoef(places[:, number], plane[:, number])[0, 1]) > 0.95
-    again, _ = project(vectors.astype(np.float16))
-    assert np.array_equal(places, again)
-    nothing, share = project(np.ones((4, 3)))
-    assert share == 0
-    assert np.isfinite(nothing).all()
 
 
 def test_finds_what_a_run_left(tmp_path: Path) -> None:

@@ -113,3 +113,21 @@ def test_the_smaller_page_is_kept_small(tmp_path: Path) -> None:
     sides = make_sides(tmp_path, [decisions(20_000), change(decisions(20_000), 1.0)])
     write_comparison(*sides, str(tmp_path / "page"))
     assert 500 < len(read_data(tmp_path / "page")["samples"]) < 3000
+
+
+def test_numbers_of_plugins_are_compared(tmp_path: Path) -> None:
+    sides = make_sides(tmp_path, [decisions(60), decisions(60)])
+    for side in sides:
+        room = side.room
+        room.folders["embed.plugins"] = room.folders["select"].replace("select", "embed.plugins")
+        room.origins.update(sharpness="embed.plugins", alphabet="embed.plugins")
+        for shard in room.shards():
+            uids = room.read(shard, [])["uid"]
+            sharpness = pa.array([int(uid[:4], 16) for uid in uids.to_pylist()], pa.int32())
+            alphabet = pa.array(["latin"] * len(uids))
+            columns = {"uid": uids, "sharpness": sharpness, "alphabet": alphabet}
+            room.commit_shard("embed.plugins", shard, pa.table(columns))
+    write_comparison(*sides, str(tmp_path / "compare"))
+    page = (tmp_path / "compare/index.html").read_text("utf-8")
+    assert "sharpness" in page
+    assert "alphabet" not in page
