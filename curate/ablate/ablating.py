@@ -24,6 +24,10 @@ __all__ = ["Request", "ablate", "describe_cost", "page_of"]
 Array = np.ndarray[Any, Any]
 
 _VERSION = 1
+#: Tables of the run that students see.
+_SEEN = ("ingest", "embed.vectors", "embed.thumbnails", "dedup")
+#: With fewer samples a student learns too little to tell settings apart.
+_FEW = 500
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,7 @@ def _budget(request: Request, loosest: Line) -> Budget:
 def _identity(request: Request, run: dict[str, Any], budget: Budget, pairs: Pairs) -> str:
     """Everything that a student's outcome depends on besides its set and seed."""
     tables = {name: table["fingerprint"] for name, table in run["stages"].items()}
-    made_of = [
-        tables.get(name) for name in ("ingest", "embed.vectors", "embed.thumbnails", "dedup")
-    ]
+    made_of = [tables.get(name) for name in _SEEN]
     labels = None
     if request.labels is not None:
         labels = fingerprint(storage.read_bytes(request.labels).hex())
@@ -209,10 +211,11 @@ def describe_cost(plan: dict[str, Any]) -> str:
 
 
 def _warn(lines: list[Line]) -> list[str]:
-    few = [
-        line.name for line in lines if line.kind == "setting" and len(line.training.places) < 500
+    return [
+        f"{line.name}: keeps fewer than {_FEW} samples to train on"
+        for line in lines
+        if line.kind == "setting" and len(line.training.places) < _FEW
     ]
-    return [f"{name}: keeps fewer than 500 samples to train on" for name in few]
 
 
 def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[str, Any]:

@@ -102,10 +102,11 @@ def open_select(out: str, run: dict[str, Any]) -> Room:
     """
     room = open_room(out, run)
     given = run["stages"]["select"].get("parameters", {})
-    fields = {name: value for name, value in given.items() if name in Select.model_fields}
+    fields: dict[str, Any] = {n: v for n, v in given.items() if n in Select.model_fields}
     # Tables from outside were joined by the run; where they lay is not part of its recipe.
-    tables = [{"path": one["name"], **one} for one in fields.pop("score_tables", ())]
-    return replace(room, stage=Select(score_tables=tables, **fields))
+    tables = fields.get("score_tables", ())
+    fields["score_tables"] = tuple({"path": one["name"], **one} for one in tables)
+    return replace(room, stage=Select(**fields))
 
 
 def read_grid(path: str) -> list[Setting]:
@@ -162,29 +163,20 @@ def propose(room: Room) -> list[Setting]:
     ConfigError
         If the run has no probabilities of mismatch.
     """
-    tables = (
-        [room.read(s, ["mismatch_probability"]) for s in room.shards()] if _scored(room) else []
-    )
-    loosest = Setting({"select.max_mismatch_rate": None})
-    values = [table["mismatch_probability"].to_numpy(zero_copy_only=False) for table in tables]
+    column, loosest = "mismatch_probability", Setting({"select.max_mismatch_rate": None})
+    shards = room.shards() if room.has(column) else []
+    values = [room.read(s, [column])[column].to_numpy(zero_copy_only=False) for s in shards]
     probability = np.concatenate(values).astype(float) if values else np.zeros(0)
     if not np.isfinite(probability).any():
         raise ConfigError(
             "--grid: must be given where a run has no probabilities of mismatch; this one has none "
             "(no `score`, or fewer samples than score.min_samples). Name a grid."
         )
-    kept = np.sort(probability[_kept(room, loosest) & np.isfinite(probability)])
+    keep = decide_all(room, [loosest])[0].keep
+    kept = np.sort(probability[keep & np.isfinite(probability)])
     means = np.cumsum(kept) / np.arange(1, len(kept) + 1)
     rates = [float(f"{means[round(len(kept) * (1 - s)) - 1]:.4g}") for s in _SHARES[1:]]
     return [loosest, *(Setting({"select.max_mismatch_rate": rate}) for rate in rates)]
-
-
-def _scored(room: Room) -> bool:
-    return room.has("mismatch_probability")
-
-
-def _kept(room: Room, setting: Setting) -> Array:
-    return decide_all(room, [setting])[0].keep
 
 
 def decide_all(room: Room, settings: Sequence[Setting]) -> list[Decided]:

@@ -110,7 +110,7 @@ def plan_lines(
             weight = np.ones(len(places))
         trainings.append(Training(one, places, weight, int(one.keep.sum())))
     trainings.sort(key=lambda training: -training.size)
-    lines = [Line(one.decided.setting.name, "setting", one) for one in trainings]
+    lines = [Line(own.decided.setting.name, "setting", own) for own in trainings]
     if len({_identity(line, pairs, 0) for line in lines}) < 2:
         raise ConfigError(
             "--grid: must hold settings that differ; on this run all keep the same samples. Widen "
@@ -118,9 +118,9 @@ def plan_lines(
         )
     if controls:
         kinds = CONTROLS if pairs.cosine_column else CONTROLS[:1]
-        for one in trainings:
-            if len(one.places) < len(trainings[0].places):
-                lines += [Line(f"{k} of {one.decided.setting.name}", k, one) for k in kinds]
+        for own in trainings:
+            if len(own.places) < len(trainings[0].places):
+                lines += [Line(f"{k} of {own.decided.setting.name}", k, own) for k in kinds]
     return lines
 
 

@@ -105,7 +105,7 @@ def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
             if name not in sides:
                 sides[name] = np.zeros((len(pairs), vectors.shape[1]), vectors.dtype)
             sides[name][places] = vectors
-    fronts = {}
+    fronts: dict[str, Array] = {}
     for name, vectors in sides.items():
         mean, front = fit_front(vectors[pairs.trainable], _FRONT_WIDTH)
         fronts |= {f"{name}-mean": mean, f"{name}-front": front}

@@ -168,7 +168,7 @@ class Workers:
             return "Dask dashboard: off, the scheduler has none"
 
     def planned(self) -> int:
-        """Return how many tasks run at once; of a cluster elsewhere what its file asks for, or 1."""
+        """Return how many tasks run at once; elsewhere what the cluster's file asks for, or 1."""
         if self._client is not None:
             return max(1, self.count)
         if self._options.scheduler or self._options.cluster:

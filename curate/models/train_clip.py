@@ -155,7 +155,8 @@ def _fit(
         words = _drop_tokens(torch.from_numpy(captions)).to(device)
         sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
         if disturb is not None:
-            sides = tuple(disturb(dict(zip(("image", "text"), sides, strict=True))).values())
+            changed = disturb({"image": sides[0], "text": sides[1]})
+            sides = changed["image"], changed["text"]
         _limit_scale(model)
         measure, scale = GroupedClipLoss(alike.to(device)), model.logit_scale.exp()
         modalities = [part for side in sides for part in side.view(-1, len(chosen), side.shape[1])]
