@@ -41,9 +41,7 @@ def read_labels(path: str, uids: Sequence[str]) -> tuple[list[str], Array]:
         If it cannot be read, lacks a column, or names fewer than two classes of these samples.
     """
     if not storage.exists(path):
-        raise InputError(
-            f"--labels {path}: must be a table of uid and label; there is no such file."
-        )
+        raise InputError(f"--labels {path}: must be a table of uid and label; there is none there.")
     with readable(path, "a table of uid and label"):
         table = _read(path)
     for name in _COLUMNS:

@@ -12,9 +12,13 @@ from curate import storage
 from curate.stages.base import Room
 from curate.stages.select import Select
 
-#: Samples; every fifth has another's caption, which the scores know.
-COUNT, SHARD = 1200, 400
-SWAPPED = 5
+#: Samples; every third has another's caption, which the scores know.
+COUNT, SHARD, WIDTH = 1200, 400, 96
+SWAPPED = 3
+#: From here on every two are copies, with an edge between them.
+FIRST_COPY = 800
+#: Of vectors: as much as leaves something to be learnt.
+NOISE = 1.0
 _WORDS = ("red", "blue", "green", "old", "new", "big", "small", "round", "flat", "tall")
 _TABLES = {
     "ingest": ("caption", "ingest_reason", "key", "metadata"),
@@ -33,12 +37,13 @@ def uid_of(number: int) -> str:
 def write_run(out: Path, swapped: bool = True, **without: bool) -> Path:
     """Write OUT; `thumbnail=False` and such leave a column out."""
     rng = np.random.default_rng(0)
-    concepts = rng.normal(size=(COUNT, 24))
-    image = concepts + 0.1 * rng.normal(size=(COUNT, 24))
+    concepts = rng.normal(size=(COUNT, WIDTH))
+    image = concepts + NOISE * rng.normal(size=(COUNT, WIDTH))
     given = np.arange(COUNT)
     wrong = (given % SWAPPED == 0) & swapped
     given[wrong] = np.roll(given[wrong], 1)
-    text = (concepts[given] @ rng.normal(size=(24, 24))) + 0.1 * rng.normal(size=(COUNT, 24))
+    turned = (concepts[given] @ rng.normal(size=(WIDTH, WIDTH))) / WIDTH**0.5
+    text = turned + NOISE * rng.normal(size=(COUNT, WIDTH))
     columns: dict[str, Any] = {
         "caption": pa.array([_caption(number) for number in given]),
         "ingest_reason": pa.nulls(COUNT, pa.string()),
@@ -51,8 +56,9 @@ def write_run(out: Path, swapped: bool = True, **without: bool) -> Path:
         "height": pa.array(np.full(COUNT, 32), pa.int32()),
         "sha256": pa.array([f"{number:064x}" for number in range(COUNT)]),
         "thumbnail": pa.array([_picture(concepts[number]) for number in range(COUNT)]),
-        # Two of a cluster, with an edge between them.
-        "cluster_id": pa.array([uid_of(number - number % 2) for number in range(COUNT)]),
+        "cluster_id": pa.array(
+            [uid_of(number - number % 2 * (number >= FIRST_COPY)) for number in range(COUNT)]
+        ),
         "mismatch_probability": pa.array(
             np.where(wrong, 0.9, 0.01) + 0.05 * rng.random(COUNT), pa.float32()
         ),
@@ -77,7 +83,7 @@ def write_run(out: Path, swapped: bool = True, **without: bool) -> Path:
 
 
 def _write_edges(folder: str) -> None:
-    left = np.arange(0, COUNT, 2)
+    left = np.arange(FIRST_COPY, COUNT, 2)
     # Half of the copies are near, half nearer.
     cosines = np.where(left % 4 == 0, 0.8, 0.99)
     edges = {"left_row": left, "right_row": left + 1, "cosine": pa.array(cosines, pa.float32())}
@@ -116,7 +122,7 @@ def _vectors(values: np.ndarray) -> pa.Array:
 
 
 def _picture(concept: np.ndarray) -> bytes:
-    grid = np.clip(127 + 60 * concept.reshape(2, 4, 3), 0, 255).astype(np.uint8)
+    grid = np.clip(127 + 60 * concept[:24].reshape(2, 4, 3), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(grid).resize((32, 32)).save(buffer, "PNG")
+    Image.fromarray(grid).resize((32, 32)).save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()

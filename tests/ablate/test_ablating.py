@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 
 from curate.ablate import rounds as rounds_module
-from curate.ablate.ablating import Request, ablate
+from curate.ablate.ablating import Request, ablate, describe_cost
 from curate.ablate.grid import decide_all, open_select, propose, read_grid
 from curate.ablate.pairs import choose_pairs
 from curate.ablate.students import draw_order
 from curate.engine.finished import read_finished
 from curate.errors import ConfigError, InputError, OutputError
-from curate.memorization.retrieval import hits_at
 from curate.report.ablate_words import describe_ablation
-from tests.ablate.finished import COUNT, SWAPPED, uid_of, write_run
+from tests.ablate.finished import COUNT, FIRST_COPY, SWAPPED, uid_of, write_run
 from tests.exports import Here, Silent
 from tests.support import curate, list_tree, only_error
 
-GRID = "- {select.max_mismatch_rate: null}\n- {select.max_mismatch_rate: 0.1}\n"
+GRID = "- {select.max_mismatch_rate: null}\n- {select.max_mismatch_rate: 0.04}\n"
 
 
 class Local(Here):
@@ -64,10 +63,10 @@ def test_captions_that_are_wrong_are_dropped(out: Path, tmp_path: Path) -> None:
     before = {name: (out / name).read_bytes() for name in list_tree(out)}
     report = ablate(request(out, grid(tmp_path)), Local(), Silent())
     found = report["recommended"]
-    assert found["options"] == "--set select.max_mismatch_rate=0.1"
+    assert found["options"] == "--set select.max_mismatch_rate=0.04"
     assert found["is_better"]
-    # Of every pair of copies the better one stays, so that fewer than a fifth are left to drop.
-    assert 0 < found["share_dropped"] <= 1 / SWAPPED + 0.05
+    # Of copies the better one stays, so that fewer than a third are left to drop.
+    assert found["share_dropped"] == pytest.approx(1 / SWAPPED, abs=0.07)
     assert [row["kind"] for row in report["lines"]] == ["setting", "setting", "random", "cosine"]
     sizes = {row["trained_on"] for row in report["lines"][1:]}
     assert len(sizes) == 1
@@ -76,11 +75,11 @@ def test_captions_that_are_wrong_are_dropped(out: Path, tmp_path: Path) -> None:
     after = {name: (out / name).read_bytes() for name in before}
     assert after == before
     told = describe_ablation(report, "page")
-    assert "Recommended: --set select.max_mismatch_rate=0.1" in told
+    assert "Recommended: --set select.max_mismatch_rate=0.04" in told
     assert "95 %" in told
     page = (out / "ablate" / "index.html").read_text()
     assert page.count("<svg") == 5
-    assert "--set select.max_mismatch_rate=0.1" in page
+    assert "--set select.max_mismatch_rate=0.04" in page
     assert "<script" not in page
     assert (out / "ablate" / "report.css").exists()
     left = [name for name in list_tree(out / "ablate") if name.startswith("work-")]
@@ -102,13 +101,19 @@ def test_a_kill_costs_one_student_and_changes_nothing(out: Path, tmp_path: Path)
     assert again["lines"] == whole["lines"]
 
 
-def test_the_command_plans_and_gives_the_same_on_any_workers(out: Path, tmp_path: Path) -> None:
+def test_a_plan_is_all_that_was_asked_for(out: Path, tmp_path: Path) -> None:
+    idle = Local()
+    plan = ablate(request(out, grid(tmp_path), plan=True), idle, Silent())["plan"]
+    assert idle.trained == []
+    assert (plan["students"], plan["missing"]) == (8, 8)
+    assert plan["seconds_each"] > 0
+    assert describe_cost(plan).startswith("8 students of ")
+    assert not [name for name in list_tree(out) if name.startswith("ablate/")]
+
+
+def test_the_command_gives_the_same_on_any_workers(out: Path, tmp_path: Path) -> None:
     options = ["--grid", grid(tmp_path), "--model", "heads", "--seeds", "2", "--epochs", "1",
                "--held-out", "0.2", "--no-controls"]  # fmt: skip
-    done = curate("ablate", out, *options, "--plan")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("4 students of ")
-    assert not (out / "ablate" / "ablate.json").exists()
     done = curate("ablate", out, *options, "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
     here = ablate(
@@ -122,7 +127,7 @@ def test_small_clips_learn_from_thumbnails_and_know_classes(out: Path, tmp_path:
     labels = tmp_path / "labels.csv"
     rows = [f"{uid_of(number)},{('even', 'odd')[number // 2 % 2]}" for number in range(COUNT)]
     labels.write_text("\n".join(["uid,label", *rows]))
-    text = GRID + "- {select.max_mismatch_rate: 0.1, mitigation.noise: 0.1}\n"
+    text = GRID + "- {select.max_mismatch_rate: 0.04, mitigation.noise: 0.1}\n"
     asked = request(
         out, grid(tmp_path, text), model="small", epochs=0.5, labels=str(labels), controls=False
     )
@@ -147,8 +152,9 @@ def test_a_stricter_cosine_walks_fewer_edges(out: Path, tmp_path: Path) -> None:
     text = "- {dedup.min_cosine: 0.9}\n- {}\n"
     room = open_select(str(out), read_finished(str(out)))
     stricter, own = decide_all(room, read_grid(grid(tmp_path, text)))
-    assert int(own.keep.sum()) == COUNT // 2
-    assert int(stricter.keep.sum()) == COUNT * 3 // 4
+    copies = (COUNT - FIRST_COPY) // 2
+    assert int(own.keep.sum()) == COUNT - copies
+    assert int(stricter.keep.sum()) == COUNT - copies // 2
 
 
 def test_held_out_clusters_are_not_trained_on(out: Path) -> None:
@@ -171,8 +177,8 @@ def test_a_student_sees_samples_as_often_as_they_weigh() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("- {select.max_mismatch_rate: 0.1}\n", "at least two settings"),
-        (GRID.replace("null", "0.1"), "at least two settings"),
+        ("- {select.max_mismatch_rate: 0.04}\n", "at least two settings"),
+        (GRID.replace("null", "0.04"), "at least two settings"),
         ("- {select.max_mismach_rate: 1}\n- {}\n", "Did you mean select.max_mismatch_rate"),
         ("- {embed.encoder: x}\n- {}\n", "no parameter that can be compared"),
         ("- {select.max_mismatch_rate: 7}\n- {}\n", "max_mismatch_rate must be"),
@@ -231,9 +237,3 @@ def test_losers_get_no_further_seeds(
     assert [row["seeds"] for row in report["lines"]] == [3, 2, 2, 2]
     assert [row["stopped"] for row in report["lines"]] == [False, True, True, True]
     assert "stopped: clearly behind" in describe_ablation(report, "page")
-
-
-def test_a_pair_of_equal_caption_is_a_hit() -> None:
-    queries, targets = np.eye(3), np.eye(3)[[1, 0, 2]]
-    assert hits_at(queries, targets, np.array(["a", "b", "c"]), 1).tolist() == [False, False, True]
-    assert hits_at(queries, targets, np.array(["a", "a", "c"]), 1).all()
