@@ -259,9 +259,9 @@ def _train_clip(
     device = pick_device()
     recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device))
     shape = ClipShape(len(arrays["words"]), **_SHAPES[budget.model])
-    pixels, tokens, codes, held = (
-        np.asarray(arrays[n]) for n in ("pixels", "tokens", "codes", "held")
-    )
+    names = ("pixels", "tokens", "codes", "held")
+    # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
+    pixels, tokens, codes, held = (np.array(arrays[name]) for name in names)
     trained = train_clip(
         shape, pixels, tokens, codes, recipe, seed, device, rows=order, disturb=disturb
     )
@@ -269,7 +269,7 @@ def _train_clip(
         image, text = embed_view(trained.model, pixels[held], tokens[held], 0, recipe.dtype)
         named = None
         if "names" in arrays:
-            spoken = np.asarray(arrays["names"])
+            spoken = np.array(arrays["names"])
             blank = np.zeros((len(spoken), *pixels.shape[1:]), np.uint8)
             named = embed_view(trained.model, blank, spoken, 0, recipe.dtype)[1]
     return image, text, named, trained.losses
