@@ -9,7 +9,7 @@ from curate import storage
 from curate.ablate.grid import decide_all, open_select, propose, read_grid
 from curate.ablate.labels import read_labels
 from curate.ablate.pairs import Pairs, choose_pairs
-from curate.ablate.rounds import Line, Mapper, Rounds, plan_lines
+from curate.ablate.rounds import Line, Pool, Rounds, plan_lines
 from curate.ablate.students import MODELS, Budget, Labels, commit_data, measure_cost
 from curate.ablate.verdict import LEAST_SEEDS, Difference, compare, recommend
 from curate.engine.finished import read_finished
@@ -77,13 +77,13 @@ class Request:
     plan: bool = False
 
 
-def ablate(request: Request, workers: Mapper, progress: Progress) -> dict[str, Any]:
+def ablate(request: Request, workers: Pool, progress: Progress) -> dict[str, Any]:
     """Compare settings; write OUT/ablate unless only a plan was asked for.
 
     Parameters
     ----------
     request : Request
-    workers : Mapper
+    workers : Pool
         Started only if a student is to be trained.
     progress : Progress
 
@@ -109,7 +109,7 @@ def ablate(request: Request, workers: Mapper, progress: Progress) -> dict[str, A
 
 
 def _ablate(
-    request: Request, run: dict[str, Any], workers: Mapper, progress: Progress
+    request: Request, run: dict[str, Any], workers: Pool, progress: Progress
 ) -> dict[str, Any]:
     room = open_select(request.out, run)
     settings = propose(room) if request.grid is None else read_grid(request.grid)

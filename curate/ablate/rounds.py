@@ -1,6 +1,6 @@
 """Which students are trained: settings and their controls, seed by seed, losers no longer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,26 +11,22 @@ from curate.ablate.grid import CONTROLS, Decided
 from curate.ablate.pairs import Pairs
 from curate.ablate.students import train_student
 from curate.ablate.verdict import LEAST_SEEDS, is_loser
+from curate.engine.export import Mapper
 from curate.engine.manifest import fingerprint
 from curate.engine.runner import Progress
 from curate.errors import ConfigError
 from curate.memorization.folds import hash_unit
 
-__all__ = ["Line", "Mapper", "Rounds", "Training", "plan_lines"]
+__all__ = ["Line", "Pool", "Rounds", "Training", "plan_lines"]
 
 Array = np.ndarray[Any, Any]
 
 
-class Mapper(Protocol):
-    """Whatever maps a function over tasks, as `Workers` does."""
+class Pool(Mapper, Protocol):
+    """Whatever maps a function over tasks, and knows how many it runs at once, as `Workers` does."""
 
     def planned(self) -> int:
         """Tasks that run at once; an estimate before anything was started."""
-
-    def map(
-        self, function: Callable[..., Any], tasks: Sequence[str], *arguments: Any
-    ) -> Iterator[tuple[str, Any]]:
-        """Yield (task, `function(*arguments, task)`) as tasks end."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,7 @@ class Rounds:
         """Tasks that no earlier call has finished."""
         return [task for task in tasks if not storage.exists(self.path(task))]
 
-    def run(self, workers: Mapper, progress: Progress) -> None:
+    def run(self, workers: Pool, progress: Progress) -> None:
         """Train everything; first as many seeds as a comparison takes, then one at a time."""
         first = min(LEAST_SEEDS, self._seeds)
         rounds = [tuple(range(first)), *((seed,) for seed in range(first, self._seeds))]
