@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Pool(Mapper, Protocol):
-    """Whatever maps a function over tasks, and knows how many it runs at once, as `Workers` does."""
+    """Whatever maps a function over tasks and knows how many run at once, as `Workers` does."""
 
     def planned(self) -> int:
         """Tasks that run at once; an estimate before anything was started."""
