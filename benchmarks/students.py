@@ -7,12 +7,12 @@ import numpy as np
 
 from benchmarks.trial import Corpus, embed_captions
 from curate.memorization.mismatch import normalise_caption
+from curate.memorization.retrieval import hits_at
 from curate.models.proxy import Heads, HeadsShape, embed_pairs
 from curate.models.train import Front, Recipe, fit_front, train_heads
 
 __all__ = [
     "fit_fronts",
-    "hits_at",
     "judge_student",
     "judge_vectors",
     "spell_categories",
@@ -22,7 +22,6 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _FRONT_WIDTH = 256
-_RETRIEVED = 10
 
 
 def fit_fronts(corpus: Corpus) -> tuple[Front, Front]:
@@ -61,25 +60,6 @@ def train_student(
     shape = HeadsShape(*widths)
     codes = np.stack(groups, axis=1).astype(np.int64)
     return train_heads(shape, fronts, vectors, codes, Recipe(epochs=epochs), seed, observe).heads
-
-
-def hits_at(queries: Array, targets: Array, captions: Array, count: int = _RETRIEVED) -> Array:
-    """Tell whether a right target is among the nearest.
-
-    Parameters
-    ----------
-    queries, targets : (N, W) floating, unit norm
-    captions : (N,) str
-        A target whose pair has an equal caption is right.
-    count : int
-
-    Returns
-    -------
-    (N,) bool
-    """
-    nearest = np.argsort(-(queries @ targets.T), axis=1, kind="stable")[:, :count]
-    found: Array = (captions[nearest] == captions[:, None]).any(1)
-    return found
 
 
 def spell_categories(held: Corpus) -> tuple[Array, list[str]]:

@@ -320,6 +320,64 @@ def audit(
 
 @main.command()
 @click.argument("out")
+@click.option("--grid", metavar="FILE", help="YAML list of settings; default: rates of mismatch.")
+@click.option(
+    "--model", type=click.Choice(["small", "large", "heads"]), default="small", show_default=True,
+    help="CLIPs end to end on thumbnails, or heads over the run's vectors: faster.",
+)  # fmt: skip
+@click.option("--labels", metavar="FILE", help="Table of uid and label, for zero-shot accuracy.")
+@click.option(
+    "--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.15,
+    show_default=True, help="Share of the clusters that judges and is not trained on.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=click.IntRange(1), default=20_000, show_default=True,
+    help="Samples that are trained on or held out at most.",
+)  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
+              help="Students per setting at most.")  # fmt: skip
+@click.option("--epochs", type=click.FloatRange(0, min_open=True),
+              help="What a student's steps are worth.")  # fmt: skip
+@click.option("--weighted", is_flag=True, help="Draw samples by their weights while training.")
+@click.option("--controls/--no-controls", default=True,
+              help="Random and cosine-filtered sets of each size.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Draws samples and held-out pairs.")
+@click.option("--plan", is_flag=True, help="Only say how many students, and how long they take.")
+@_cluster_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def ablate(
+    out: str,
+    workers: int | None,
+    scheduler: str | None,
+    cluster_file: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find out how hard to filter the data of a finished run.
+
+    Small models are trained on what each setting would keep, all for as many steps, and judged by
+    held-out pairs. FILE lists settings such as `- {select.max_mismatch_rate: 0.05}`: any fields of
+    select, dedup.min_cosine (stricter) and mitigation.noise.
+    """
+    from curate.ablate import ablating
+    from curate.engine.progress import make_progress
+    from curate.engine.workers import Workers
+    from curate.report.ablate_words import describe_ablation
+
+    request = ablating.Request(out, **options)
+    cluster = _cluster(workers, scheduler, cluster_file)
+    with Workers(cluster, out) as pool, make_progress() as progress:
+        report = ablating.ablate(request, pool, progress)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    elif request.plan:
+        click.echo(ablating.describe_cost(report["plan"]))
+    else:
+        click.echo(describe_ablation(report, ablating.page_of(out)))
+
+
+@main.command()
+@click.argument("out")
 def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""
     from curate.engine import runner

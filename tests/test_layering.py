@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 #: Rooms by floor; a module imports from its own room and from floors below it only.
 FLOORS = (
     ("__main__", "__init__", "cli"),
-    ("dataset", "runs", "audit", "mitigation"),
+    ("dataset", "runs", "ablate", "audit", "mitigation"),
     ("engine", "config"),
     ("stages",),
     ("formats", "download", "models", "plugins", "dedup", "memorization", "report"),

@@ -26,7 +26,8 @@ from curate.errors import (
 )
 from curate.memorization.folds import hash_unit
 from curate.memorization.rarity import RARE
-from curate.report.audit_page import read_style, render_audit
+from curate.report.audit_page import render_audit
+from curate.report.plain import read_style
 
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder

@@ -167,13 +167,20 @@ class Workers:
         except KeyError:  # a scheduler that runs without
             return "Dask dashboard: off, the scheduler has none"
 
+    def planned(self) -> int:
+        """Return how many tasks run at once; elsewhere what the cluster's file asks for, or 1."""
+        if self._client is not None:
+            return max(1, self.count)
+        if self._options.scheduler or self._options.cluster:
+            return int((self._options.cluster or {}).get("workers") or 1)
+        return _count_local(self._options)
+
     def _local(self) -> Any:
         import dask
         from distributed import Client, LocalCluster
 
         cores, gpus = count_cores(), count_gpus()
-        # More workers than cores would only share them, and load every model once more.
-        self.count = min(self._options.workers or gpus or cores, max(gpus, cores))
+        self.count = _count_local(self._options)
         self.threads = max(1, cores // self.count)
         self._gpus = gpus
         _clear_scratch()
@@ -284,6 +291,12 @@ class Workers:
                         f"worker {worker}: must have {package} {version}; it has "
                         f"{versions.get(package, 'none')}. Install the same versions there."
                     )
+
+
+def _count_local(options: ClusterOptions) -> int:
+    cores, gpus = count_cores(), count_gpus()
+    # More workers than cores would only share them, and load every model once more.
+    return min(options.workers or gpus or cores, max(gpus, cores))
 
 
 def _in_background(load: Callable[..., None], *arguments: Any) -> None:

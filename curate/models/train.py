@@ -269,6 +269,7 @@ def fit_contrastive(
     batch: int,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     after_epoch: Callable[[], None] | None = None,
+    rows: Array | None = None,
 ) -> list[float]:
     """Take the steps of a contrastive training.
 
@@ -285,6 +286,8 @@ def fit_contrastive(
         The loss of a batch, of its rows (B,) int64 and of the pairs among them that are alike,
         (B, B) bool.
     after_epoch : callable, optional
+    rows : (T,) int64, optional
+        What an epoch goes through, in this order, instead of all rows in one drawn anew.
 
     Returns
     -------
@@ -292,7 +295,7 @@ def fit_contrastive(
         Mean loss per epoch, relative to that at chance, ending at one that is not finite. 0
         without any rivals: see `has_rivals`.
     """
-    count = len(groups)
+    count = len(groups) if rows is None else len(rows)
     batch = min(batch, max(2, count // 4))
     steps = count // batch
     if steps == 0:
@@ -302,12 +305,12 @@ def fit_contrastive(
     kinds = torch.from_numpy(groups)
     losses: list[float] = []
     while len(losses) < epochs and (not losses or math.isfinite(losses[-1])):
-        order = torch.randperm(count)
+        order = torch.randperm(count) if rows is None else torch.from_numpy(rows)
         total_loss = chance = 0.0
         for step in range(steps):
-            rows = order[step * batch : (step + 1) * batch]
-            alike = (kinds[rows, None] == kinds[None, rows]).any(-1)
-            loss = loss_of(rows, alike)
+            chosen = order[step * batch : (step + 1) * batch]
+            alike = (kinds[chosen, None] == kinds[None, chosen]).any(-1)
+            loss = loss_of(chosen, alike)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

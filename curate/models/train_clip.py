@@ -1,6 +1,7 @@
 """Trains a small CLIP end to end: deterministic for a seed, one thread and one device."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -24,6 +25,7 @@ from curate.models.train import RETRIES, fit_contrastive, has_learned
 __all__ = ["ClipRecipe", "ClipTraining", "train_clip"]
 
 Array = np.ndarray[Any, Any]
+Disturb = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 #: Least side of a random crop, as a share of the picture's.
 _LEAST_CROP = 0.75
@@ -88,6 +90,8 @@ def train_clip(
     recipe: ClipRecipe,
     seed: int,
     device: str,
+    rows: Array | None = None,
+    disturb: Disturb | None = None,
 ) -> ClipTraining:
     """Train a proxy; a training that diverges is begun again with another seed.
 
@@ -103,6 +107,10 @@ def train_clip(
     recipe : ClipRecipe
     seed : int
     device : str
+    rows : (T,) int64, optional
+        What an epoch goes through, in this order, instead of all samples in one drawn anew.
+    disturb : callable, optional
+        Changes the unit vectors of a step before their loss, by side: "image" and "text".
 
     Returns
     -------
@@ -115,7 +123,7 @@ def train_clip(
         for attempt in range(RETRIES + 1):
             torch.manual_seed(seed + attempt * 1_000_003)
             model = build_clip(shape).to(device)
-            losses = _fit(model, pixels, tokens, groups, recipe)
+            losses = _fit(model, pixels, tokens, groups, recipe, rows, disturb)
             diverged = not has_learned(losses)
             if not diverged:
                 break
@@ -126,7 +134,13 @@ def train_clip(
 
 
 def _fit(
-    model: CLIP, pixels: Array, tokens: Array, groups: Array, recipe: ClipRecipe
+    model: CLIP,
+    pixels: Array,
+    tokens: Array,
+    groups: Array,
+    recipe: ClipRecipe,
+    rows: Array | None,
+    disturb: Disturb | None,
 ) -> list[float]:
     """Train in place on (I, N, 3, S, S) and (T, N, CONTEXT); see `fit_contrastive`."""
     device = next(model.parameters()).device
@@ -134,20 +148,23 @@ def _fit(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
 
-    def loss_of(rows: Tensor, alike: Tensor) -> Tensor:
-        chosen = rows.numpy()
+    def loss_of(taken: Tensor, alike: Tensor) -> Tensor:
+        chosen = taken.numpy()
         pictures, captions = (np.concatenate(part[:, chosen]) for part in (pixels, tokens))
         seen = _augment(torch.from_numpy(pictures)).to(device)
         words = _drop_tokens(torch.from_numpy(captions)).to(device)
         sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
+        if disturb is not None:
+            changed = disturb({"image": sides[0], "text": sides[1]})
+            sides = changed["image"], changed["text"]
         _limit_scale(model)
         measure, scale = GroupedClipLoss(alike.to(device)), model.logit_scale.exp()
-        modalities = [part for side in sides for part in side.view(-1, len(rows), side.shape[1])]
+        modalities = [part for side in sides for part in side.view(-1, len(chosen), side.shape[1])]
         losses = [measure(one, other, scale) for one, other in combinations(modalities, 2)]
         return torch.stack(losses).mean()
 
     model.train()
-    losses = fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of)
+    losses = fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of, rows=rows)
     _limit_scale(model)
     return losses
 

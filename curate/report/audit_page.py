@@ -6,16 +6,10 @@ from typing import Any
 
 from curate.report.audit_words import tell_split
 from curate.report.charts import draw_intervals
-from curate.report.page import clean_text, read_assets
+from curate.report.page import clean_text
+from curate.report.plain import wrap_page
 
-__all__ = ["read_style", "render_audit"]
-
-_POLICY = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'"
-
-
-def read_style() -> bytes:
-    """Return the style sheet that the page links to as `report.css`."""
-    return read_assets()["report.css"]
+__all__ = ["render_audit"]
 
 
 def render_audit(report: dict[str, Any]) -> bytes:
@@ -28,19 +22,8 @@ def render_audit(report: dict[str, Any]) -> bytes:
     """
     last = report["checkpoints"][-1]
     sections = [("overview", "Overview"), ("curves", "Curves"), ("parts", "Parts")]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in sections)
     body = _render_head(report, last) + _render_curves(report) + _render_parts(last)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>curate audit</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        '<meta name="referrer" content="no-referrer">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<link rel="stylesheet" href="report.css"></head><body>'
-        '<a class="skip" href="#overview">Skip to the figures</a>'
-        f'<header><strong>curate audit</strong><nav aria-label="Sections">{links}</nav></header>'
-        f"<main>{body}</main></body></html>\n"
-    ).encode()
+    return wrap_page("curate audit", sections, body)
 
 
 def _render_head(report: dict[str, Any], last: dict[str, Any]) -> str:

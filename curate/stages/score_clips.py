@@ -9,6 +9,7 @@ import pyarrow as pa
 from curate import storage
 from curate.formats.pixels import read_square
 from curate.memorization.folds import draw_masks, hash_unit
+from curate.memorization.retrieval import RETRIEVED, hits_at
 from curate.memorization.verdict import coherence, measure_memorization, tell_kinds
 from curate.schema import select_schema
 from curate.stages.base import Room
@@ -38,7 +39,6 @@ _COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kin
 _IMAGE_PX = 64
 #: Left-out samples that give a proxy's mean held-out embedding and its retrieval figure.
 _HELD_OUT = 1000
-_RETRIEVED = 10
 
 
 def _path(room: Room, *names: str) -> str:
@@ -140,7 +140,7 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
         "alignment_in": round(float(within.mean()), 4) if len(within) else None,
         "alignment_out": round(float(out.mean()), 4) if len(out) else None,
         "held_out": len(held),
-        f"recall_at_{_RETRIEVED}": _recall(image, text, groups[held, 1]),
+        f"recall_at_{RETRIEVED}": _recall(image, text, groups[held, 1]),
     }
     storage.commit_json(_path(room, "clips", f"{task}.json"), record)
     return {
@@ -153,10 +153,9 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
 
 def _recall(image: Array, text: Array, captions: Array) -> float | None:
     """Share of captions that find an image of theirs among the first ten."""
-    if len(image) <= _RETRIEVED:
+    if len(image) <= RETRIEVED:
         return None
-    nearest = np.argsort(-(text @ image.T), axis=1, kind="stable")[:, :_RETRIEVED]
-    return round(float((captions[nearest] == captions[:, None]).any(1).mean()), 4)
+    return round(float(hits_at(text, image, captions).mean()), 4)
 
 
 def _gather_pairs(room: Room, proxy: int) -> tuple[Array, Array, Array, Array]:

@@ -1,7 +1,7 @@
 """select: rules, each with its reason code; then the walk over duplicates; then weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,7 +35,7 @@ from curate.stages.select_columns import (
 )
 from curate.stages.select_table import DECISION, Decisions, fold_caption, merge_captions
 
-__all__ = ["Fraction", "Preference", "Select", "Threshold", "mismatch_limit"]
+__all__ = ["Fraction", "Preference", "Select", "Threshold", "decide", "mismatch_limit"]
 
 Array = np.ndarray[Any, Any]
 
@@ -288,12 +288,11 @@ class _Copies:
             self.spots,
         )
 
-    def stricter(self, eligible: Array, min_cosine: float) -> groups.Walk:
-        """Walk by the written edges of at least a cosine; of spots, which are not, by none."""
+    def stricter(self, min_cosine: float) -> "_Copies":
+        """Leave the written edges of at least a cosine; of spots, which are not, none."""
         near = self.edges[2] >= min_cosine
         left, right, cosines = (part[near] for part in self.edges)
-        limits = (self.nodes, self.byte_groups, self.captions, self.quota)
-        return groups.walk(self.order, eligible, left, right, cosines, *limits)
+        return replace(self, edges=(left, right, cosines), spots=None)
 
 
 def _read_copies(room: Room, table: pa.Table, order: Array) -> _Copies:
@@ -320,8 +319,22 @@ def _caption_codes(captions: list[str | None]) -> Array:
 _NO_EDGES = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-def _decide(room: Room, task: str) -> dict[str, float]:
-    """Apply all rules to all samples and commit the decisions as one table."""
+def decide(room: Room, min_cosine: float | None = None) -> tuple[Decisions, dict[str, Any]]:
+    """Apply all rules to all samples, and commit nothing.
+
+    Parameters
+    ----------
+    room : Room
+        Of a stage `Select`; of its own tables only those of columns from outside must be there.
+    min_cosine : float, optional
+        Walk as a stricter `dedup.min_cosine` would have it, by the edges that are written.
+
+    Returns
+    -------
+    decisions : Decisions
+    facts : dict
+        For `run.json`, besides counts.
+    """
     stage, table = _stage(room), _load(room)
     joined = check_joined(room, table)
     failed: dict[str, Array] = {}
@@ -333,6 +346,8 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     uids = table["uid"].to_numpy(zero_copy_only=False).astype("S32")
     order = _preference(stage, table, uids)
     copies = _read_copies(room, table, order)
+    if min_cosine is not None:
+        copies = copies.stricter(min_cosine)
     facts: dict[str, Any] = {"joined": joined} if joined else {}
     if stage.max_mismatch_rate is not None:
         facts["mismatch"] = _mismatch_rule(stage, table, copies, eligible, failed)
@@ -355,7 +370,12 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     captions = table["caption"]
     merged = merge_captions(captions, keep, representative, order, stage.max_captions)
     weight = _weights(stage, table, keep)
-    decisions = Decisions(uids, captions, failed, _removed_by(table), found, weight, merged)
+    return Decisions(uids, captions, failed, _removed_by(table), found, weight, merged), facts
+
+
+def _decide(room: Room, task: str) -> dict[str, float]:
+    """Commit the decisions as one table."""
+    decisions, facts = decide(room)
     with storage.commit_batches(
         room.path("decisions.parquet"), select_schema(["uid", *DECISION])
     ) as append:
@@ -364,7 +384,8 @@ def _decide(room: Room, task: str) -> dict[str, float]:
     counted = decisions.counts()
     storage.commit_json(room.path("summary.json"), {**counted, **facts})
     dropped = counted["counts"]["dropped"]
-    return {"samples": len(table), **{f"reason.{code}": n for code, n in dropped.items()}}
+    samples = counted["counts"]["ingested"]
+    return {"samples": samples, **{f"reason.{code}": n for code, n in dropped.items()}}
 
 
 def _source_rules(stage: Select, table: pa.Table, failed: dict[str, Array]) -> None:
@@ -512,7 +533,7 @@ def _what_if(copies: _Copies, eligible: Array) -> list[dict[str, Any]]:
     return [
         {
             "min_cosine": cosine,
-            "kept": int(copies.stricter(eligible, cosine).kept.sum()),
+            "kept": int(copies.stricter(cosine).walk(eligible).kept.sum()),
             **({"bound": "upper"} if pruned else {}),
         }
         for cosine in _STRICTER

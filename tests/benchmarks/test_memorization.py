@@ -5,16 +5,8 @@ import pytest
 
 from benchmarks.memorization import group_rows, measure, rare_rows, summarize, write_table
 from benchmarks.methods import METHODS
-from benchmarks.students import hits_at
 from curate.stages.score import Score
 from tests.benchmarks.corpus import make_corpus
-
-
-def test_a_pair_of_equal_caption_is_a_hit() -> None:
-    queries, targets = np.eye(3), np.eye(3)[[1, 0, 2]]
-    assert hits_at(queries, targets, np.array(["a", "b", "c"]), 1).tolist() == [False, False, True]
-    assert hits_at(queries, targets, np.array(["a", "a", "c"]), 1).all()
-    assert hits_at(queries, targets, np.array(["a", "b", "c"]), 3).all()
 
 
 def test_groups_grow_from_pictures_to_captions() -> None:

@@ -1,0 +1,170 @@
+"""Does `curate ablate` find the planted share? `python -m benchmarks.ablate OUT TRUTH WORK`.
+
+Swaps captions in a copy of a finished run, between pairs that differ by name, cluster and caption;
+runs `score` and `select` on that anew, then `curate ablate`. Prints one JSON line: what share the
+recommended setting drops of what the loosest keeps, of what planted share, and what it gained; with
+two models also how alike they rank the settings. All stays in WORK, so that a benchmark that was
+stopped goes on.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+from scipy.stats import spearmanr
+
+from benchmarks.noise import plant
+from benchmarks.trial import Corpus, read_corpus
+from curate import storage
+from curate.ablate.grid import open_select
+from curate.engine.finished import read_finished
+from curate.stages.base import Room, Stage
+from curate.stages.score import Score
+
+#: Tables of the run that depend on captions are made anew or not needed.
+_ANEW = ("score", "select", "write", "report")
+
+
+def _plant_run(out: Path, truth: Path, target: Path, swaps: float) -> Path:
+    """Copy a finished run, swap captions in the copy, score and select anew."""
+    if (target / "planted.npy").exists():
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    run = read_finished(str(out))
+    kept = [name for name in run["stages"] if name.partition(".")[0] not in _ANEW]
+    for name in kept:
+        folder = f"stages/{name}-{run['stages'][name]['fingerprint']}"
+        shutil.copytree(out / folder, target / folder, copy_function=os.link)
+    corpus = read_corpus(str(out), str(truth))
+    spoilt, planted = plant(corpus, "swap", swaps, 0) if swaps else (corpus, np.zeros(0, bool))
+    room = open_select(str(out), run)
+    folders = {name: path.replace(str(out), str(target)) for name, path in room.folders.items()}
+    room = replace(room, folders=folders)
+    if swaps:
+        _write_captions(room, spoilt)
+    score = Score(**run["stages"]["score"]["parameters"])
+    select = room.stage
+    _carry_out(room, score)
+    _carry_out(room, select)
+    (target / "run.json").write_text((out / "run.json").read_text())
+    storage.commit_array(str(target / "planted.npy"), spoilt.uids[planted] if swaps else planted)
+    return target
+
+
+def _write_captions(room: Room, spoilt: Corpus) -> None:
+    """Put captions and their vectors into the tables of the copy."""
+    place = {uid: row for row, uid in enumerate(spoilt.uids.tolist())}
+    for shard in room.shards():
+        for table, column in (("ingest", "caption"), ("embed.vectors", "text_emb")):
+            path = room.shard_path(table, shard)
+            content = storage.read_table(path)
+            rows = [place.get(uid, -1) for uid in content["uid"].to_pylist()]
+            known = np.array(rows) >= 0
+            if column == "caption":
+                before = content[column].to_pylist()
+                texts = [
+                    str(spoilt.captions[r]) if r >= 0 else b
+                    for r, b in zip(rows, before, strict=True)
+                ]
+                values: Any = pa.array(texts, pa.string())
+            else:
+                vectors, valid = storage.read_vectors(content[column])
+                vectors = np.where(known[:, None], spoilt.text[rows], vectors)
+                values = storage.vector_column(vectors, valid)
+            at = content.schema.get_field_index(column)
+            changed = content.set_column(at, content.schema.field(at), values)
+            os.unlink(path)  # a link to the original
+            storage.commit_table(path, changed)
+
+
+def _carry_out(room: Room, stage: Stage) -> None:
+    own = replace(room, stage=stage, missing=frozenset(t.name for t in stage.tables()))
+    for step in stage.steps():
+        for task in step.tasks(own):
+            step.run(own, task)
+
+
+def _ablate(out: Path, model: str, seeds: int, controls: bool) -> dict[str, Any]:
+    command = [
+        sys.executable, "-m", "curate", "ablate", str(out), "--model", model, "--seeds", str(seeds),
+        "--workers", "1", "--controls" if controls else "--no-controls", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _judge(out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Compare the recommended setting with what was planted."""
+    found = report["recommended"]
+    planted = len(storage.read_array(str(out / "planted.npy")))
+    samples = read_finished(str(out))["counts"]["ingested"]
+    settings = [row for row in report["lines"] if row["kind"] == "setting"]
+    return {
+        "planted": round(planted / samples, 4),
+        "recommended": round(found["share_dropped"], 4),
+        "options": found["options"],
+        "best": found["best"],
+        "is_better": found["is_better"],
+        "gain": [round(found["gain"][name], 4) for name in ("mean", "stderr")],
+        "versus": {
+            kind: [round(one[name], 4) for name in ("mean", "stderr")]
+            for kind, one in found["versus"].items()
+        },
+        "curve": [
+            [
+                round(row["share_dropped"], 4),
+                round(row["figures"]["all"]["gain"], 4),
+                round(row["figures"]["all"]["stderr"], 4),
+                row["seeds"],
+            ]
+            for row in settings
+        ],
+    }
+
+
+def _rank_alike(curves: list[list[list[float]]]) -> float | None:
+    """Rank correlation of two models' gains over the same settings."""
+    if len(curves) < 2:
+        return None
+    gains = [[point[1] for point in curve] for curve in curves[:2]]
+    return round(float(np.asarray(spearmanr(*gains).statistic)), 3)
+
+
+@click.command()
+@click.argument("out", type=click.Path(exists=True, path_type=Path))
+@click.argument("truth", type=click.Path(exists=True, path_type=Path))
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--swaps", multiple=True, type=float, default=(0.0, 0.2), show_default=True)
+@click.option("--model", "models", multiple=True, default=("heads",), show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--controls/--no-controls", default=True, show_default=True)
+def main(
+    out: Path,
+    truth: Path,
+    work: Path,
+    swaps: tuple[float, ...],
+    models: tuple[str, ...],
+    seeds: int,
+    controls: bool,
+) -> None:
+    """Plant swapped captions in copies of the run in OUT, whose planted truth is TRUTH."""
+    found: dict[str, Any] = {"run": out.name, "seeds": seeds}
+    for share in swaps:
+        copy = _plant_run(out, truth, work / f"{out.name}-{share:g}", share)
+        results = {one: _judge(copy, _ablate(copy, one, seeds, controls)) for one in models}
+        alike = _rank_alike([one["curve"] for one in results.values()])
+        found[f"{share:g}"] = {**results, "rank_correlation": alike}
+    click.echo(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

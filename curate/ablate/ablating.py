@@ -1,0 +1,297 @@
+"""`curate ablate`: how hard to filter the data of a finished run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from curate import storage
+from curate.ablate.grid import decide_all, open_select, propose, read_grid
+from curate.ablate.labels import read_labels
+from curate.ablate.pairs import Pairs, choose_pairs
+from curate.ablate.rounds import Line, Pool, Rounds, plan_lines
+from curate.ablate.students import MODELS, Budget, Labels, commit_data, measure_cost
+from curate.ablate.verdict import LEAST_SEEDS, Difference, compare, recommend
+from curate.engine.finished import read_finished
+from curate.engine.manifest import fingerprint
+from curate.engine.runner import Progress, lock_output
+from curate.errors import ConfigError
+from curate.report.ablate_page import render_ablation
+from curate.report.plain import read_style
+
+__all__ = ["Request", "ablate", "describe_cost", "page_of"]
+
+Array = np.ndarray[Any, Any]
+
+_VERSION = 1
+#: Tables of the run that students see.
+_SEEN = ("ingest", "embed.vectors", "embed.thumbnails", "dedup")
+#: With fewer samples a student learns too little to tell settings apart.
+_FEW = 500
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare, and how.
+
+    Parameters
+    ----------
+    out : str
+        A finished run.
+    grid : str or None
+        See `read_grid`; default: rates of mismatch, see `propose`.
+    model : str
+        "small" or "large": CLIPs trained end to end on thumbnails; "heads": over the run's vectors.
+    labels : str or None
+        See `read_labels`.
+    held_out : float
+        Share of the clusters that judges.
+    limit : int
+        Samples of the pool at most.
+    seeds : int
+        Per setting at most.
+    epochs : float or None
+        Passes over what the loosest setting keeps that every student's steps are worth.
+    weighted : bool
+        Draw samples by the weight that `select` gives them, which by itself makes little of what
+        is probably mismatched.
+    controls : bool
+        Random and cosine-filtered sets of each size.
+    seed : int
+        Draws pool and held-out pairs.
+    plan : bool
+        Only say how long it would take.
+    """
+
+    out: str
+    grid: str | None = None
+    model: str = "small"
+    labels: str | None = None
+    held_out: float = 0.15
+    limit: int = 20_000
+    seeds: int = 3
+    epochs: float | None = None
+    weighted: bool = False
+    controls: bool = True
+    seed: int = 0
+    plan: bool = False
+
+
+def ablate(request: Request, workers: Pool, progress: Progress) -> dict[str, Any]:
+    """Compare settings; write OUT/ablate unless only a plan was asked for.
+
+    Parameters
+    ----------
+    request : Request
+    workers : Pool
+        Started only if a student is to be trained.
+    progress : Progress
+
+    Returns
+    -------
+    dict
+        `plan` (`students`, `missing`, `steps`, `batch`, `seconds_each`, `minutes`), and without
+        `request.plan` `lines`, `recommended`, `warnings` and what was compared on.
+
+    Raises
+    ------
+    CurateError
+        One line on what is wrong with the request or the run.
+    """
+    run = read_finished(request.out)
+    if request.seeds < LEAST_SEEDS:
+        raise ConfigError(
+            f"--seeds: must be at least {LEAST_SEEDS}, for the noise between trainings to be "
+            f"known; got {request.seeds}."
+        )
+    with lock_output(request.out):
+        return _ablate(request, run, workers, progress)
+
+
+def _ablate(
+    request: Request, run: dict[str, Any], workers: Pool, progress: Progress
+) -> dict[str, Any]:
+    room = open_select(request.out, run)
+    settings = propose(room) if request.grid is None else read_grid(request.grid)
+    if request.model == "heads" and any(setting.noise for setting in settings):
+        raise ConfigError("--model heads: knows no mitigation.noise. Leave it out of the grid.")
+    pairs = choose_pairs(room, request.held_out, request.limit, request.seed)
+    labels = _read_labels(request, run, pairs)
+    lines = plan_lines(decide_all(room, settings), pairs, request.weighted, request.controls)
+    budget = _budget(request, lines[0])
+    folder = storage.join(request.out, "ablate", f"work-{_identity(request, run, budget, pairs)}")
+    rounds = Rounds(lines, pairs, folder, request.seeds)
+    tasks = rounds.tasks(range(request.seeds))
+    missing = rounds.missing(list(tasks))
+    warnings: list[str] = []
+    if missing:
+        warnings = commit_data(room, pairs, budget, labels, folder)
+    plan = _plan(budget, tasks, missing, folder, lines[0], workers.planned())
+    if request.plan:
+        _clear(folder)
+        return {"plan": plan}
+    progress.note(describe_cost(plan))
+    rounds.run(workers, progress)
+    report = {
+        "out": request.out,
+        "model": request.model,
+        "plan": plan,
+        "pool": len(pairs),
+        "held_out": len(pairs.held),
+        "cosine_column": pairs.cosine_column,
+        "warnings": [*warnings, *_warn(lines)],
+        **_summarize(lines, pairs, labels),
+    }
+    _write(request.out, report)
+    _clear(folder)
+    return report
+
+
+def _read_labels(request: Request, run: dict[str, Any], pairs: Pairs) -> Labels | None:
+    if request.labels is None:
+        return None
+    names, places = read_labels(request.labels, [pairs.uids[place] for place in pairs.held])
+    parameters = run["stages"]["embed.vectors"].get("parameters", {})
+    return Labels(names, places, str(parameters.get("encoder", "")))
+
+
+def _budget(request: Request, loosest: Line) -> Budget:
+    epochs, batch = MODELS[request.model]
+    epochs = epochs if request.epochs is None else request.epochs
+    samples = len(loosest.training.places)
+    batch = min(batch, max(2, samples // 4))
+    return Budget(request.model, max(1, round(epochs * samples / batch)), batch)
+
+
+def _identity(request: Request, run: dict[str, Any], budget: Budget, pairs: Pairs) -> str:
+    """Everything that a student's outcome depends on besides its set and seed."""
+    tables = {name: table["fingerprint"] for name, table in run["stages"].items()}
+    made_of = [tables.get(name) for name in _SEEN]
+    labels = None
+    if request.labels is not None:
+        labels = fingerprint(storage.read_bytes(request.labels).hex())
+    held = fingerprint([pairs.uids[place] for place in pairs.held])
+    return fingerprint([_VERSION, made_of, asdict(budget), held, len(pairs), labels])
+
+
+def _plan(
+    budget: Budget,
+    tasks: dict[str, Any],
+    missing: list[str],
+    folder: str,
+    loosest: Line,
+    count: int,
+) -> dict[str, Any]:
+    each = measure_cost(folder, loosest.training.places) if missing else 0.0
+    return {
+        "students": len(tasks),
+        "missing": len(missing),
+        "steps": budget.steps,
+        "batch": budget.batch,
+        "seconds_each": round(each, 2),
+        "minutes": round(each * -(-len(missing) // max(1, count)) / 60, 1),
+        "at_once": count,
+    }
+
+
+def page_of(out: str) -> str:
+    """Where an ablation's page lies."""
+    return storage.join(out, "ablate", "index.html")
+
+
+def describe_cost(plan: dict[str, Any]) -> str:
+    """Say what is to come, as one line."""
+    done = plan["students"] - plan["missing"]
+    return (
+        f"{plan['students']} students of {plan['steps']} steps of {plan['batch']} pairs"
+        + (f", {done} of them finished before" if done else "")
+        + f": at most about {plan['minutes']:.1f} minutes, {plan['seconds_each']:.1f} s each, "
+        f"{plan['at_once']} at once"
+    )
+
+
+def _warn(lines: list[Line]) -> list[str]:
+    return [
+        f"{line.name}: keeps fewer than {_FEW} samples to train on"
+        for line in lines
+        if line.kind == "setting" and len(line.training.places) < _FEW
+    ]
+
+
+def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[str, Any]:
+    settings = [line for line in lines if line.kind == "setting"]
+    loosest = settings[0]
+    chosen = recommend(
+        {line.name: line.scores() for line in settings}, [line.name for line in settings]
+    )
+    parts: dict[str, Array | None] = {"all": None}
+    if pairs.rare is not None:
+        parts |= {"rare": pairs.rare, "rest": ~pairs.rare}
+    labelled = None if labels is None else labels.places >= 0
+    rows = []
+    for line in lines:
+        training = line.training
+        figures = {name: _figures(line, loosest, "retrieval", part) for name, part in parts.items()}
+        if all("zero_shot" in one for one in (*line.outcomes.values(), *loosest.outcomes.values())):
+            figures["zero_shot"] = _figures(line, loosest, "zero_shot", labelled)
+        row = {
+            "name": line.name,
+            "kind": line.kind,
+            "kept": training.size,
+            "trained_on": len(training.places),
+            "share_dropped": 1 - training.size / loosest.training.size,
+            "seeds": len(line.outcomes),
+            "stopped": line.stopped,
+            "figures": figures,
+        }
+        if line.kind == "setting":
+            row |= {"values": training.decided.setting.values, "dropped": training.decided.dropped}
+        rows.append(row)
+    of = {row["name"]: row for row in rows}
+    best = next(line for line in settings if line.name == chosen.name)
+    return {
+        "lines": rows,
+        "recommended": {
+            "name": chosen.name,
+            "options": best.training.decided.setting.options,
+            "share_dropped": of[chosen.name]["share_dropped"],
+            "best": chosen.best,
+            "gain": asdict(chosen.gain),
+            "is_better": chosen.is_better,
+            "versus": _versus(best, lines),
+        },
+    }
+
+
+def _versus(best: Line, lines: list[Line]) -> dict[str, dict[str, Any]]:
+    """Compare the recommended setting with its own controls."""
+    return {
+        line.kind: asdict(compare(best.scores(), line.scores()))
+        for line in lines
+        if line.kind != "setting" and line.training is best.training
+    }
+
+
+def _figures(line: Line, loosest: Line, measure: str, part: Array | None) -> dict[str, Any]:
+    scores = line.scores(measure)
+    means = [float((v if part is None else v[part]).mean()) for v in scores.values()]
+    gain: Difference = compare(scores, loosest.scores(measure), part)
+    return {
+        "mean": float(np.mean(means)),
+        "gain": gain.mean,
+        "stderr": gain.stderr if line is not loosest else 0.0,
+    }
+
+
+def _write(out: str, report: dict[str, Any]) -> None:
+    folder = storage.join(out, "ablate")
+    storage.commit_bytes(storage.join(folder, "report.css"), read_style())
+    storage.commit_bytes(page_of(out), render_ablation(report))
+    storage.commit_json(storage.join(folder, "ablate.json"), report)
+
+
+def _clear(folder: str) -> None:
+    """Leave the students' outcomes, by which a wider grid need not train them again."""
+    for name in storage.list_names(folder):
+        if name != "students":
+            storage.remove(storage.join(folder, name))

@@ -1,0 +1,232 @@
+"""Settings to compare, and what `select` would keep under each."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from curate.config import nearest, read_yaml
+from curate.engine.finished import open_room
+from curate.errors import ConfigError
+from curate.stages.base import Room
+from curate.stages.select import Select, decide
+
+__all__ = ["CONTROLS", "Decided", "Setting", "decide_all", "open_select", "propose", "read_grid"]
+
+Array = np.ndarray[Any, Any]
+
+#: What stands beside every setting, of as many samples as it keeps.
+CONTROLS = ("random", "cosine")
+#: Of the samples that the loosest setting keeps, the shares that the default grid drops.
+_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+#: What a setting may change besides fields of `select`.
+_MIN_COSINE, _NOISE = "dedup.min_cosine", "mitigation.noise"
+_OTHERS = (_MIN_COSINE, _NOISE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid.
+
+    Parameters
+    ----------
+    values : dict of str to value
+        By the name that `--set` gives it; `mitigation.noise` is no parameter of a run, but the
+        standard deviation of `curate.mitigation.EmbeddingNoise` while the model trains.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As one line, in the form of `--set`."""
+        shown = (f"{name}={_show(value)}" for name, value in self.values.items())
+        return " ".join(shown) or "as the run is"
+
+    @property
+    def options(self) -> str:
+        """What to add to `curate run`; what is no parameter of a run is left out."""
+        kept = {n: v for n, v in self.values.items() if n != _NOISE}
+        return " ".join(f"--set {_quote(f'{name}={_show(value)}')}" for name, value in kept.items())
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of what is added to embeddings."""
+        return float(self.values.get(_NOISE, 0.0))
+
+    def stage(self, base: Select) -> Select:
+        """Return `select` as the setting has it."""
+        changed = {n.partition(".")[2]: v for n, v in self.values.items() if n not in _OTHERS}
+        return Select(**{**base.model_dump(), **changed})
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _quote(text: str) -> str:
+    return text if not set(text) & set(" '\"{}[]*?$&|;<>()") else "'" + text.replace("'", "") + "'"
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a setting keeps.
+
+    Parameters
+    ----------
+    setting : Setting
+    keep : (N,) bool
+    weight : (N,) float64
+        0 where dropped.
+    dropped : dict of str to int
+        By reason.
+    """
+
+    setting: Setting
+    keep: Array
+    weight: Array
+    dropped: dict[str, int]
+
+
+def open_select(out: str, run: dict[str, Any]) -> Room:
+    """Return the room of a finished run's `select`, from which others decide anew.
+
+    Raises
+    ------
+    OutputError
+        If the run has no decisions.
+    """
+    room = open_room(out, run)
+    given = run["stages"]["select"].get("parameters", {})
+    fields: dict[str, Any] = {n: v for n, v in given.items() if n in Select.model_fields}
+    # Tables from outside were joined by the run; where they lay is not part of its recipe.
+    tables = fields.get("score_tables", ())
+    fields["score_tables"] = tuple({"path": one["name"], **one} for one in tables)
+    return replace(room, stage=Select(**fields))
+
+
+def read_grid(path: str) -> list[Setting]:
+    """Read a grid: a YAML list of mappings from `select.FIELD` and such to values.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, is no such list, or holds fewer than two settings.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(
+            f"--grid {path}: must be a readable YAML file; {why}. Correct the path."
+        ) from error
+    found = read_yaml(text, path)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ConfigError(
+            f"{path}: must be a list of settings, each a mapping such as "
+            "`- {select.max_mismatch_rate: 0.05}`; it is not. Mend it."
+        )
+    settings = [Setting({str(name): value for name, value in one.items()}) for one in found]
+    for setting in settings:
+        _check_names(path, setting)
+    names = [setting.name for setting in settings]
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigError(
+            f"{path}: must hold at least two settings, all different, for one to be better; got "
+            f"{len(names)}, {len(set(names))} different. Add one, e.g. "
+            "`- {select.max_mismatch_rate: null}`."
+        )
+    return settings
+
+
+def _check_names(path: str, setting: Setting) -> None:
+    known = [*(f"select.{name}" for name in Select.model_fields), *_OTHERS]
+    for name, value in setting.values.items():
+        if name not in known:
+            near = nearest(name, known) or " Choose select.FIELD, " + " or ".join(_OTHERS) + "."
+            raise ConfigError(f"{path}: {name!r} is no parameter that can be compared.{near}")
+        limits = {_MIN_COSINE: 1.0, _NOISE: 10.0}
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in limits and not (is_number and 0 <= value <= limits[name]):
+            raise ConfigError(f"{path}: {name} must be in [0, {limits[name]:g}]; got {value!r}.")
+
+
+def propose(room: Room) -> list[Setting]:
+    """Return the default grid: rates of mismatch that drop from nothing to two fifths.
+
+    Raises
+    ------
+    ConfigError
+        If the run has no probabilities of mismatch.
+    """
+    column, loosest = "mismatch_probability", Setting({"select.max_mismatch_rate": None})
+    shards = room.shards() if room.has(column) else []
+    values = [room.read(s, [column])[column].to_numpy(zero_copy_only=False) for s in shards]
+    probability = np.concatenate(values).astype(float) if values else np.zeros(0)
+    if not np.isfinite(probability).any():
+        raise ConfigError(
+            "--grid: must be given where a run has no probabilities of mismatch; this one has none "
+            "(no `score`, or fewer samples than score.min_samples). Name a grid."
+        )
+    keep = decide_all(room, [loosest])[0].keep
+    kept = np.sort(probability[keep & np.isfinite(probability)])
+    means = np.cumsum(kept) / np.arange(1, len(kept) + 1)
+    rates = [float(f"{means[round(len(kept) * (1 - s)) - 1]:.4g}") for s in _SHARES[1:]]
+    return [loosest, *(Setting({"select.max_mismatch_rate": rate}) for rate in rates)]
+
+
+def decide_all(room: Room, settings: Sequence[Setting]) -> list[Decided]:
+    """Let `select` decide anew under each setting; the run's own tables stay as they are.
+
+    Parameters
+    ----------
+    room : Room
+        See `open_select`.
+    settings : sequence of Setting
+
+    Returns
+    -------
+    list of Decided
+        In the order of the settings.
+
+    Raises
+    ------
+    ConfigError
+        If a value does not hold, or a column is asked for that the run does not have.
+    """
+    return [_decide(room, setting) for setting in settings]
+
+
+def _decide(room: Room, setting: Setting) -> Decided:
+    base = room.find(Select)
+    try:
+        stage = setting.stage(base)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["select", *(str(part) for part in first["loc"])])
+        wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise ConfigError(
+            f"--grid: {place} must be {wanted}; got {first['input']!r}. Correct it."
+        ) from error
+    _check_columns(room, base, stage)
+    least = setting.values.get(_MIN_COSINE)
+    if least is not None and not room.has("cluster_id"):
+        raise ConfigError(f"--grid: {_MIN_COSINE} needs a run with `dedup`; this one has none.")
+    decisions, _ = decide(replace(room, stage=stage), least)
+    weight = np.asarray(decisions.weight, np.float64)
+    return Decided(setting, decisions.walk.kept, weight, decisions.counts()["counts"]["dropped"])
+
+
+def _check_columns(room: Room, base: Select, stage: Select) -> None:
+    outside = base.outside_columns()
+    for column in (*stage.reads(), *stage.outside_columns()):
+        if column in outside or ("." not in column and room.has(column)):
+            continue
+        raise ConfigError(
+            f"--grid: {column} must be a column that the run has read; it has not. Name it in a "
+            "rule of the run first, or leave it out."
+        )

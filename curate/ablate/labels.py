@@ -1,0 +1,72 @@
+"""Labels of samples from a table, for zero-shot classification."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from curate import storage
+from curate.errors import InputError
+from curate.formats.sources import open_binary, readable, split_suffix
+
+__all__ = ["read_labels"]
+
+Array = np.ndarray[Any, Any]
+
+_COLUMNS = ("uid", "label")
+
+
+def read_labels(path: str, uids: Sequence[str]) -> tuple[list[str], Array]:
+    """Return class names, and which is whose.
+
+    Parameters
+    ----------
+    path : str
+        Parquet, CSV, TSV or JSONL with the columns uid and label.
+    uids : sequence of str, length H
+
+    Returns
+    -------
+    names : list of str, length C
+    places : (H,) int64
+        -1 where the table has no label.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, lacks a column, or names fewer than two classes of these samples.
+    """
+    if not storage.exists(path):
+        raise InputError(f"--labels {path}: must be a table of uid and label; there is none there.")
+    with readable(path, "a table of uid and label"):
+        table = _read(path)
+    for name in _COLUMNS:
+        if name not in table.column_names:
+            shown = ", ".join(table.column_names[:12]) or "none"
+            raise InputError(f"--labels {path}: must have the column {name}; got {shown}.")
+    uid, label = (table[name].cast(pa.string()).to_pylist() for name in _COLUMNS)
+    known = {u: text for u, text in zip(uid, label, strict=True) if text and text.strip()}
+    found = [known.get(one) for one in uids]
+    names = sorted({text for text in found if text is not None})
+    if len(names) < 2:
+        raise InputError(
+            f"--labels {path}: must name at least two classes of held-out samples; got "
+            f"{len(names)}, for {len(uids)} samples. Label by the uids of the run's decisions."
+        )
+    places = {name: place for place, name in enumerate(names)}
+    return names, np.array([-1 if text is None else places[text] for text in found], np.int64)
+
+
+def _read(path: str) -> pa.Table:
+    suffix = split_suffix(path)[1]
+    with open_binary(path) as file:
+        if suffix == "parquet":
+            return pq.read_table(file)
+        if suffix == "jsonl":
+            return pa.json.read_json(file)
+        form = pa.csv.ParseOptions(delimiter="\t" if suffix == "tsv" else ",")
+        return pa.csv.read_csv(file, parse_options=form)

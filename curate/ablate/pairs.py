@@ -1,0 +1,163 @@
+"""What students train on and are judged by: a pool of the run's samples, and pairs held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curate.errors import InputError
+from curate.memorization.folds import hash_unit
+from curate.memorization.mismatch import normalise_caption
+from curate.memorization.rarity import RARE
+from curate.stages.base import Room
+
+__all__ = ["LEAST_HELD_OUT", "Pairs", "choose_pairs", "rows_by_shard"]
+
+Array = np.ndarray[Any, Any]
+
+#: With fewer, a difference of several points in R@10 is within noise.
+LEAST_HELD_OUT = 100
+_NEEDED = ("thumbnail", "image_emb", "text_emb")
+_NUMBERS = ("rarity", "clip_score", "alignment_in")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Samples that can be trained on or held out, in an order drawn by uid.
+
+    Parameters
+    ----------
+    rows : (N,) int64
+        Of the run.
+    uids, captions : list of str, length N
+    codes : (N, 2) int64
+        Of cluster and caption.
+    held : (H,) int64
+        Places of the pairs that are held out, one of each cluster that is.
+    trainable : (N,) bool
+        Of no cluster that is held out.
+    rare : (H,) bool or None
+        The rarest fifth; None where the run does not know.
+    cosine : (N,) float64
+        By which a cosine filter keeps; NaN where unknown.
+    cosine_column : str or None
+    """
+
+    rows: Array
+    uids: list[str]
+    captions: list[str]
+    codes: Array
+    held: Array
+    trainable: Array
+    rare: Array | None
+    cosine: Array
+    cosine_column: str | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def choose_pairs(room: Room, share: float, limit: int, seed: int) -> Pairs:
+    """Draw pool and held-out pairs by cluster.
+
+    Parameters
+    ----------
+    room : Room
+        Of the run's `select`.
+    share : float
+        Of the clusters to hold out, (0, 1).
+    limit : int
+        Samples of the pool at most, in whole clusters.
+    seed : int
+
+    Raises
+    ------
+    InputError
+        If the run lacks what students see, or too few pairs are held out.
+    """
+    lacking = [name for name in _NEEDED if not room.has(name)]
+    if lacking:
+        raise InputError(
+            f"ablate: needs the run's {', '.join(lacking)}; its pipeline makes none. Run one with "
+            "`embed` on images and captions, such as `default`."
+        )
+    table = pa.concat_tables([_read(room, shard) for shard in room.shards()])
+    uids, clusters, captions = (table[n].to_pylist() for n in ("uid", "cluster_id", "caption"))
+    usable = table["usable"].to_numpy(zero_copy_only=False)
+    draw = hash_unit(clusters, seed, "ablate pool")
+    if usable.sum() > limit:
+        usable = usable & (draw <= np.sort(draw[usable])[limit - 1])
+    rows = np.flatnonzero(usable)
+    order = hash_unit([uids[row] for row in rows], seed, "ablate order")
+    rows = rows[np.argsort(order, kind="stable")]
+    chosen = np.array([clusters[row] for row in rows], str)
+    held_out = hash_unit(chosen.tolist(), seed, "ablate held out") < share
+    places = np.flatnonzero(held_out)
+    held = np.sort(places[np.unique(chosen[places], return_index=True)[1]])
+    if len(held) < LEAST_HELD_OUT:
+        raise InputError(
+            f"--held-out {share:g}: must leave at least {LEAST_HELD_OUT} pairs of different "
+            f"clusters to judge by; got {len(held)} of {len(rows)} usable samples. Raise it, or "
+            "run on more."
+        )
+    texts = [captions[row] for row in rows]
+    names = (chosen, np.array([normalise_caption(text) for text in texts], str))
+    codes = [np.unique(part, return_inverse=True)[1] for part in names]
+    numbers = {name: table[name].to_numpy().astype(float)[rows] for name in _NUMBERS}
+    known = [name for name in _NUMBERS[1:] if np.isfinite(numbers[name]).any()]
+    rarity = numbers["rarity"][held]
+    return Pairs(
+        rows,
+        [uids[row] for row in rows],
+        texts,
+        np.stack(codes, axis=1).astype(np.int64),
+        held,
+        ~held_out,
+        rarity >= RARE if np.isfinite(rarity).any() else None,
+        numbers[known[0]] if known else np.full(len(rows), np.nan),
+        known[0] if known else None,
+    )
+
+
+def _read(room: Room, shard: str) -> pa.Table:
+    """Read a shard: of what is large only whether it is there."""
+    present = [name for name in ("cluster_id", *_NUMBERS) if room.has(name)]
+    table = room.read(shard, ["caption", *_NEEDED, *present])
+    usable = np.array([bool(text and text.strip()) for text in table["caption"].to_pylist()], bool)
+    for name in _NEEDED:
+        usable &= pc.is_valid(table[name]).to_numpy()
+    uid = table["uid"]
+    cluster = pc.coalesce(table["cluster_id"], uid) if "cluster_id" in present else uid
+    none = pa.nulls(len(table), pa.float64())
+    numbers = {n: table[n].cast(pa.float64()) if n in present else none for n in _NUMBERS}
+    return pa.table(
+        {
+            "uid": uid,
+            "cluster_id": cluster,
+            "caption": table["caption"],
+            "usable": pa.array(usable),
+            **numbers,
+        }
+    )
+
+
+def rows_by_shard(room: Room, rows: Array) -> Sequence[tuple[str, Array, Array]]:
+    """Return (shard, rows in it, places in `rows`) for each shard that has any.
+
+    Parameters
+    ----------
+    room : Room
+    rows : (N,) int64
+        Of the run.
+    """
+    found, start = [], 0
+    for shard in room.layout()["shards"]:
+        stop = start + shard["samples"]
+        places = np.flatnonzero((rows >= start) & (rows < stop))
+        if len(places):
+            found.append((shard["name"], rows[places] - start, places))
+        start = stop
+    return found

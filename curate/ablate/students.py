@@ -1,0 +1,303 @@
+"""Students: small models of one budget, each trained on what one set keeps, and judged."""
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate import storage
+from curate.ablate.pairs import Pairs, rows_by_shard
+from curate.errors import MissingWeightsError
+from curate.formats.pixels import read_square
+from curate.memorization.retrieval import hits_at
+from curate.stages.base import Room
+
+__all__ = [
+    "MODELS",
+    "Budget",
+    "Labels",
+    "commit_data",
+    "draw_order",
+    "measure_cost",
+    "train_student",
+]
+
+Array = np.ndarray[Any, Any]
+
+#: Passes over the pool that a student may make by default, and pairs per step.
+MODELS = {"small": (12.0, 64), "large": (12.0, 64), "heads": (6.0, 256)}
+_IMAGE_PX = 32
+_SHAPES = {
+    "small": {"image_px": _IMAGE_PX, "image_width": 16, "text_width": 64, "text_layers": 1},
+    "large": {"image_px": _IMAGE_PX, "image_width": 24, "text_width": 128, "text_layers": 2},
+}
+_FRONT_WIDTH = 256
+_TEXT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every student is given, whatever it trains on.
+
+    Parameters
+    ----------
+    model : str
+        One of `MODELS`.
+    steps, batch : int
+    """
+
+    model: str
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes of held-out pairs.
+
+    Parameters
+    ----------
+    names : list of str, length C
+    places : (H,) int64
+        -1 where a pair has no label.
+    encoder : str
+        That of the run, by which `heads` read class names.
+    """
+
+    names: list[str]
+    places: Array
+    encoder: str
+
+
+def commit_data(
+    room: Room, pairs: Pairs, budget: Budget, labels: Labels | None, folder: str
+) -> list[str]:
+    """Put down what students train on and are judged by, as arrays; return warnings."""
+    warnings: list[str] = []
+    if budget.model == "heads":
+        arrays = _read_vectors(room, pairs)
+        arrays |= _spell_vectors(labels, warnings)
+    else:
+        arrays = _read_pictures(room, pairs)
+        arrays |= _spell_tokens(pairs, labels)
+    arrays |= {"codes": pairs.codes, "held": pairs.held}
+    if labels is not None and "names" in arrays:
+        arrays["labels"] = labels.places
+    for name, values in arrays.items():
+        storage.commit_array(storage.join(folder, f"{name}.npy"), values)
+    # Written last: the data are whole.
+    storage.commit_json(storage.join(folder, "data.json"), [asdict(budget), sorted(arrays)])
+    return warnings
+
+
+def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
+    from curate.models.train import fit_front
+
+    sides: dict[str, Array] = {}
+    for shard, rows, places in rows_by_shard(room, pairs.rows):
+        table = room.read(shard, ["image_emb", "text_emb"])
+        for name in ("image", "text"):
+            vectors = storage.read_vectors(table[f"{name}_emb"])[0][rows]
+            if name not in sides:
+                sides[name] = np.zeros((len(pairs), vectors.shape[1]), vectors.dtype)
+            sides[name][places] = vectors
+    fronts: dict[str, Array] = {}
+    for name, vectors in sides.items():
+        mean, front = fit_front(vectors[pairs.trainable], _FRONT_WIDTH)
+        fronts |= {f"{name}-mean": mean, f"{name}-front": front}
+    return sides | fronts
+
+
+def _spell_vectors(labels: Labels | None, warnings: list[str]) -> dict[str, Array]:
+    """Embed class names by the run's own encoder."""
+    if labels is None:
+        return {}
+    from curate.models.encoders import Precision, embed_captions, load_encoder
+    from curate.models.precision import pick_device
+
+    try:
+        encoder = load_encoder(labels.encoder, pick_device())
+    except MissingWeightsError as error:
+        warnings.append(f"zero-shot is not measured: {error}")
+        return {}
+    return {"names": embed_captions(encoder, labels.names, _TEXT_BATCH, Precision())[0]}
+
+
+def _read_pictures(room: Room, pairs: Pairs) -> dict[str, Array]:
+    pixels = np.zeros((len(pairs), 3, _IMAGE_PX, _IMAGE_PX), np.uint8)
+    for shard, rows, places in rows_by_shard(room, pairs.rows):
+        thumbnails = room.read(shard, ["thumbnail"])["thumbnail"].take(pa.array(rows))
+        for place, thumbnail in zip(places, thumbnails.to_pylist(), strict=True):
+            pixels[place] = read_square(thumbnail, _IMAGE_PX)
+    return {"pixels": pixels}
+
+
+def _spell_tokens(pairs: Pairs, labels: Labels | None) -> dict[str, Array]:
+    """Tokens of captions and class names, in the vocabulary of what may be trained on."""
+    from curate.models.clip_proxy import choose_words, fold_tokens, tokenize
+
+    tokens = tokenize(pairs.captions)
+    words = choose_words(Counter(tokens[pairs.trainable].ravel().tolist()))
+    found = {"tokens": fold_tokens(tokens, words), "words": words}
+    if labels is not None:
+        found["names"] = fold_tokens(tokenize(labels.names), words)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _open(folder: str) -> tuple[Budget, dict[str, Array]]:
+    """Map the arrays; kept between the tasks of a worker."""
+    budget, names = storage.read_json(storage.join(folder, "data.json"))
+    arrays = {name: storage.read_array(storage.join(folder, f"{name}.npy")) for name in names}
+    return Budget(**budget), arrays
+
+
+def draw_order(places: Array, weight: Array, count: int, seed: int) -> Array:
+    """Draw what a student sees, in order: every sample as often as its weight says, up to one.
+
+    Parameters
+    ----------
+    places : (K,) int64
+    weight : (K,) float64, >= 0
+    count : int
+        Pairs in all.
+    seed : int
+
+    Returns
+    -------
+    (count,) int64
+    """
+    rng = np.random.default_rng(seed)
+    mixed = rng.permutation(len(places))
+    ends = np.cumsum(weight[mixed]) / weight.sum()
+    spots = np.searchsorted(ends, (np.arange(count) + rng.random()) / count, side="right")
+    drawn = places[mixed[np.minimum(spots, len(places) - 1)]]
+    return rng.permutation(drawn).astype(np.int64)
+
+
+def train_student(folder: str, task: str) -> dict[str, float]:
+    """Commit how one student does on every held-out pair.
+
+    Parameters
+    ----------
+    folder : str
+        See `commit_data`; `sets/SET.npy` and `sets/SET.json` are what it trains on.
+    task : str
+        SET-SEED.
+    """
+    begun = time.monotonic()
+    name, seed = task.rsplit("-", 1)
+    chosen = storage.read_array(storage.join(folder, "sets", f"{name}.npy"))
+    noise = storage.read_json(storage.join(folder, "sets", f"{name}.json"))["noise"]
+    budget, _ = _open(folder)
+    outcome = _fit_and_judge(folder, chosen["place"], chosen["weight"], noise, int(seed), budget)
+    outcome["wall_seconds"] = round(time.monotonic() - begun, 3)
+    storage.commit_json(storage.join(folder, "students", f"{task}.json"), outcome)
+    return {"samples": budget.steps * budget.batch}
+
+
+def measure_cost(folder: str, places: Array) -> float:
+    """Return the seconds that a student takes, from the first steps of one.
+
+    Parameters
+    ----------
+    folder : str
+        See `commit_data`.
+    places : (K,) int64
+        Of the samples of the loosest setting.
+    """
+    whole, _ = _open(folder)
+    few, more = 2, 8
+    seconds = []
+    for steps in (few, few, more):  # the first also loads what later ones find loaded
+        begun = time.monotonic()
+        budget = Budget(whole.model, steps, whole.batch)
+        _fit_and_judge(folder, places, np.ones(len(places)), 0.0, 0, budget)
+        seconds.append(time.monotonic() - begun)
+    per_step = max(0.0, seconds[2] - seconds[1]) / (more - few)
+    return seconds[1] + per_step * (whole.steps - few)
+
+
+def _fit_and_judge(
+    folder: str, places: Array, weight: Array, noise: float, seed: int, budget: Budget
+) -> dict[str, Any]:
+    _, arrays = _open(folder)
+    order = draw_order(places, weight, budget.steps * budget.batch, seed)
+    train = _train_heads if budget.model == "heads" else _train_clip
+    image, text, named, losses = train(arrays, order, noise, seed, budget)
+    captions = arrays["codes"][arrays["held"], 1]
+    found: dict[str, Any] = {
+        "image_to_text": hits_at(image, text, captions).astype(int).tolist(),
+        "text_to_image": hits_at(text, image, captions).astype(int).tolist(),
+        "loss": losses[-1] if losses else None,
+    }
+    if named is not None:
+        found["zero_shot"] = ((image @ named.T).argmax(1) == arrays["labels"]).astype(int).tolist()
+    return found
+
+
+Judged = tuple[Array, Array, Array | None, list[float]]
+
+
+def _train_clip(
+    arrays: dict[str, Array], order: Array, noise: float, seed: int, budget: Budget
+) -> Judged:
+    from curate.models.clip_proxy import ClipShape, embed_view, pick_dtype
+    from curate.models.encoders import torch_threads
+    from curate.models.precision import pick_device
+    from curate.models.train_clip import ClipRecipe, train_clip
+
+    disturb = None
+    if noise:
+        from curate.mitigation import EmbeddingNoise
+
+        disturb = EmbeddingNoise(noise)
+    device = pick_device()
+    recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device))
+    shape = ClipShape(len(arrays["words"]), **_SHAPES[budget.model])
+    names = ("pixels", "tokens", "codes", "held")
+    # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
+    pixels, tokens, codes, held = (np.array(arrays[name]) for name in names)
+    trained = train_clip(
+        shape, pixels, tokens, codes, recipe, seed, device, rows=order, disturb=disturb
+    )
+    with torch_threads(1):
+        image, text = embed_view(trained.model, pixels[held], tokens[held], 0, recipe.dtype)
+        named = None
+        if "names" in arrays:
+            spoken = np.array(arrays["names"])
+            blank = np.zeros((len(spoken), *pixels.shape[1:]), np.uint8)
+            named = embed_view(trained.model, blank, spoken, 0, recipe.dtype)[1]
+    return image, text, named, trained.losses
+
+
+def _train_heads(
+    arrays: dict[str, Array], order: Array, noise: float, seed: int, budget: Budget
+) -> Judged:
+    from curate.models.proxy import HeadsShape, embed_pairs
+    from curate.models.train import Recipe, train_heads
+
+    image, text, codes, held = (np.asarray(arrays[n]) for n in ("image", "text", "codes", "held"))
+    fronts = [
+        (np.asarray(arrays[f"{n}-mean"]), np.asarray(arrays[f"{n}-front"]))
+        for n in ("image", "text")
+    ]
+    widths = (image.shape[1], text.shape[1], *(front.shape[1] for _, front in fronts))
+    # Every sample as often as it is seen: the closed-form start must weigh it alike.
+    trained = train_heads(
+        HeadsShape(*widths), (fronts[0], fronts[1]), (image[order], text[order]), codes[order],
+        Recipe(1, budget.batch), seed,
+    )  # fmt: skip
+    sides = [
+        part.astype(np.float32) for part in embed_pairs(trained.heads, image[held], text[held])
+    ]
+    named = None
+    if "names" in arrays:
+        spoken = np.asarray(arrays["names"])
+        blank = np.zeros((len(spoken), image.shape[1]), np.float32)
+        named = embed_pairs(trained.heads, blank, spoken)[1].astype(np.float32)
+    return sides[0], sides[1], named, trained.losses

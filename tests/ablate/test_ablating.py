@@ -1,0 +1,239 @@
+"""`curate ablate` on a written run: what it finds, what it refuses, and what a kill costs."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curate.ablate import rounds as rounds_module
+from curate.ablate.ablating import Request, ablate, describe_cost
+from curate.ablate.grid import decide_all, open_select, propose, read_grid
+from curate.ablate.pairs import choose_pairs
+from curate.ablate.students import draw_order
+from curate.engine.finished import read_finished
+from curate.errors import ConfigError, InputError, OutputError
+from curate.report.ablate_words import describe_ablation
+from tests.ablate.finished import COUNT, FIRST_COPY, SWAPPED, uid_of, write_run
+from tests.exports import Here, Silent
+from tests.support import curate, list_tree, only_error
+
+GRID = "- {select.max_mismatch_rate: null}\n- {select.max_mismatch_rate: 0.04}\n"
+
+
+class Local(Here):
+    """Trains in this process, and counts."""
+
+    def __init__(self, most: int = 1000) -> None:
+        self.trained: list[str] = []
+        self._most = most
+
+    def planned(self) -> int:
+        return 1
+
+    def map(
+        self, function: Callable[..., Any], tasks: Sequence[str], *arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
+        for task, result in super().map(function, tasks, *arguments):
+            self.trained.append(task)
+            yield task, result
+            if len(self.trained) >= self._most:
+                raise KeyboardInterrupt
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "out")
+
+
+def grid(tmp_path: Path, text: str = GRID) -> str:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def request(out: Path, grid: str | None, **changes: Any) -> Request:
+    given = {"model": "heads", "seeds": 2, "held_out": 0.2, "epochs": 4.0, **changes}
+    return Request(str(out), grid, **given)
+
+
+def test_captions_that_are_wrong_are_dropped(out: Path, tmp_path: Path) -> None:
+    before = {name: (out / name).read_bytes() for name in list_tree(out)}
+    report = ablate(request(out, grid(tmp_path)), Local(), Silent())
+    found = report["recommended"]
+    assert found["options"] == "--set select.max_mismatch_rate=0.04"
+    assert found["is_better"]
+    # Of copies the better one stays, so that fewer than a third are left to drop.
+    assert found["share_dropped"] == pytest.approx(1 / SWAPPED, abs=0.07)
+    assert [row["kind"] for row in report["lines"]] == ["setting", "setting", "random", "cosine"]
+    sizes = {row["trained_on"] for row in report["lines"][1:]}
+    assert len(sizes) == 1
+    assert report["lines"][1]["figures"].keys() == {"all", "rare", "rest"}
+    assert json.loads((out / "ablate" / "ablate.json").read_text()) == report
+    after = {name: (out / name).read_bytes() for name in before}
+    assert after == before
+    told = describe_ablation(report, "page")
+    assert "Recommended: --set select.max_mismatch_rate=0.04" in told
+    assert "95 %" in told
+    page = (out / "ablate" / "index.html").read_text()
+    assert page.count("<svg") == 5
+    assert "--set select.max_mismatch_rate=0.04" in page
+    assert "<script" not in page
+    assert (out / "ablate" / "report.css").exists()
+    left = [name for name in list_tree(out / "ablate") if name.startswith("work-")]
+    assert all("/students/" in name for name in left)
+
+
+def test_a_kill_costs_one_student_and_changes_nothing(out: Path, tmp_path: Path) -> None:
+    asked = request(out, grid(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        ablate(asked, Local(most=3), Silent())
+    rest = Local()
+    report = ablate(asked, rest, Silent())
+    assert len(rest.trained) == report["plan"]["students"] - 3
+    whole = ablate(request(write_run(tmp_path / "other"), asked.grid), Local(), Silent())
+    assert report["lines"] == whole["lines"]
+    idle = Local()
+    again = ablate(asked, idle, Silent())
+    assert idle.trained == []
+    assert again["lines"] == whole["lines"]
+
+
+def test_a_plan_is_all_that_was_asked_for(out: Path, tmp_path: Path) -> None:
+    idle = Local()
+    plan = ablate(request(out, grid(tmp_path), plan=True), idle, Silent())["plan"]
+    assert idle.trained == []
+    assert (plan["students"], plan["missing"]) == (8, 8)
+    assert plan["seconds_each"] > 0
+    assert describe_cost(plan).startswith("8 students of ")
+    assert not [name for name in list_tree(out) if name.startswith("ablate/")]
+
+
+def test_the_command_gives_the_same_on_any_workers(out: Path, tmp_path: Path) -> None:
+    options = ["--grid", grid(tmp_path), "--model", "heads", "--seeds", "2", "--epochs", "1",
+               "--held-out", "0.2", "--no-controls"]  # fmt: skip
+    done = curate("ablate", out, *options, "--workers", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    here = ablate(
+        request(write_run(tmp_path / "b"), options[1], epochs=1.0, controls=False),
+        Local(), Silent(),
+    )  # fmt: skip
+    assert json.loads(done.stdout)["lines"] == here["lines"]
+
+
+def test_small_clips_learn_from_thumbnails_and_know_classes(out: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    rows = [f"{uid_of(number)},{('even', 'odd')[number // 2 % 2]}" for number in range(COUNT)]
+    labels.write_text("\n".join(["uid,label", *rows]))
+    text = GRID + "- {select.max_mismatch_rate: 0.04, mitigation.noise: 0.1}\n"
+    asked = request(
+        out, grid(tmp_path, text), model="small", epochs=0.5, labels=str(labels), controls=False
+    )
+    report = ablate(asked, Local(), Silent())
+    assert all(0 <= row["figures"]["zero_shot"]["mean"] <= 1 for row in report["lines"])
+    plain, noisy = report["lines"][1:]
+    assert plain["trained_on"] == noisy["trained_on"]
+    assert plain["figures"] != noisy["figures"]
+
+
+def test_the_default_grid_drops_from_nothing_to_two_fifths(out: Path) -> None:
+    room = open_select(str(out), read_finished(str(out)))
+    settings = propose(room)
+    decided = decide_all(room, settings)
+    kept = [int(one.keep.sum()) for one in decided]
+    assert kept == sorted(kept, reverse=True)
+    assert settings[0].values == {"select.max_mismatch_rate": None}
+    assert kept[-1] / kept[0] == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_stricter_cosine_walks_fewer_edges(out: Path, tmp_path: Path) -> None:
+    text = "- {dedup.min_cosine: 0.9}\n- {}\n"
+    room = open_select(str(out), read_finished(str(out)))
+    stricter, own = decide_all(room, read_grid(grid(tmp_path, text)))
+    copies = (COUNT - FIRST_COPY) // 2
+    assert int(own.keep.sum()) == COUNT - copies
+    assert int(stricter.keep.sum()) == COUNT - copies // 2
+
+
+def test_held_out_clusters_are_not_trained_on(out: Path) -> None:
+    room = open_select(str(out), read_finished(str(out)))
+    pairs = choose_pairs(room, 0.2, 20_000, 0)
+    clusters = pairs.codes[:, 0]
+    assert not set(clusters[pairs.held]) & set(clusters[pairs.trainable])
+    assert len(set(clusters[pairs.held])) == len(pairs.held)
+    smaller = choose_pairs(room, 0.4, 800, 0)
+    assert 790 < len(smaller) <= 800
+
+
+def test_a_student_sees_samples_as_often_as_they_weigh() -> None:
+    order = draw_order(np.array([3, 5, 9]), np.array([1.0, 2.0, 0.0]), 300, 4)
+    counts = {place: int((order == place).sum()) for place in (3, 5, 9)}
+    assert counts == {3: 100, 5: 200, 9: 0}
+    assert (order == draw_order(np.array([3, 5, 9]), np.array([1.0, 2.0, 0.0]), 300, 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("- {select.max_mismatch_rate: 0.04}\n", "at least two settings"),
+        (GRID.replace("null", "0.04"), "at least two settings"),
+        ("- {select.max_mismach_rate: 1}\n- {}\n", "Did you mean select.max_mismatch_rate"),
+        ("- {embed.encoder: x}\n- {}\n", "no parameter that can be compared"),
+        ("- {select.max_mismatch_rate: 7}\n- {}\n", "max_mismatch_rate must be"),
+        ("- {dedup.min_cosine: high}\n- {}\n", "dedup.min_cosine must be in [0, 1]"),
+        ("- {select.max_nsfw_probability: 0.5}\n- {}\n", "nsfw_probability must be a column"),
+        ("- {select.min_caption_chars: 1}\n- {}\n", "all keep the same"),
+        ("- {select.min_caption_chars: 999}\n- {}\n", "must keep something to train on"),
+        ("a: 1\n", "must be a list of settings"),
+        ("- {mitigation.noise: 0.1}\n- {}\n", "knows no mitigation.noise"),
+    ],
+)
+def test_grids_that_compare_nothing(out: Path, tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ablate(request(out, grid(tmp_path, text)), Local(), Silent())
+    assert told in str(caught.value)
+
+
+def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
+    good = grid(tmp_path)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("uid,class\na,b\n")
+    few = tmp_path / "few.csv"
+    few.write_text(f"uid,label\n{uid_of(1)},a\n")
+    cases: list[tuple[Request, type[Exception], str]] = [
+        (request(tmp_path / "none", good), OutputError, "must hold a finished run"),
+        (request(out, str(tmp_path / "no.yaml")), ConfigError, "must be a readable YAML file"),
+        (request(out, good, held_out=0.01), InputError, "at least 100 pairs"),
+        (request(out, good, seeds=1), ConfigError, "--seeds: must be at least 2"),
+        (request(out, good, labels=str(tmp_path / "no.csv")), InputError, "none there"),
+        (request(out, good, labels=str(labels)), InputError, "must have the column label"),
+        (request(out, good, labels=str(few)), InputError, "at least two classes"),
+        (request(write_run(tmp_path / "t", thumbnail=False), good), InputError, "thumbnail"),
+        (request(write_run(tmp_path / "s", mismatch_probability=False), None), ConfigError,
+         "no probabilities of mismatch"),
+    ]  # fmt: skip
+    for asked, kind, told in cases:
+        with pytest.raises(kind, match=told):
+            ablate(asked, Local(), Silent())
+    done = curate("ablate", tmp_path / "none")
+    assert done.returncode == 2
+    assert "must hold a finished run" in only_error(done.stderr)
+
+
+def test_losers_get_no_further_seeds(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def is_behind(scores: Any, name: str, loosest: str) -> bool:
+        seen.append(name)
+        return name != loosest
+
+    monkeypatch.setattr(rounds_module, "is_loser", is_behind)
+    report = ablate(request(out, grid(tmp_path), seeds=3, epochs=0.5), Local(), Silent())
+    assert seen
+    assert [row["seeds"] for row in report["lines"]] == [3, 2, 2, 2]
+    assert [row["stopped"] for row in report["lines"]] == [False, True, True, True]
+    assert "stopped: clearly behind" in describe_ablation(report, "page")
