@@ -174,7 +174,7 @@ def emoji_captions(cache: Path) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        By code points as there: distinct captions: its own name, all its keywords as one, other names.
+        By code points: distinct captions, its own name, all keywords as one, other names.
     """
     folder = "package/en"
     with tarfile.open(_names_package(cache)) as archive:
