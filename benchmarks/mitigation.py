@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class Arm:
         return dict.fromkeys(chosen, self.noise)
 
 
-_MITIGATED = Arm(noise=0.1, captions=_CAPTIONS, mask=0.15)
+_MITIGATED = Arm(noise=0.05, captions=3, mask=0.15)
 ARMS = {
     _RAW: Arm(),
     "noise on all": Arm(noise=0.1),
@@ -323,12 +323,12 @@ class Bench:
     ----------
     data : Data
     seed : int
-    epochs : int
-        Of a model on all of its samples.
+    epochs : dict of str to int
+        Of a model on all of its samples, by setting.
     work : Path
     """
 
-    def __init__(self, data: Data, seed: int, epochs: int, work: Path) -> None:
+    def __init__(self, data: Data, seed: int, epochs: dict[str, int], work: Path) -> None:
         self.data, self.seed, self.epochs, self.work = data, seed, epochs, work
         clusters, count = data.corpus.clusters, len(data.rare)
         self.sets = draw_sets(clusters.tolist(), count // 2, count // 8, seed)
@@ -372,12 +372,13 @@ class Bench:
         return [self._embedded(setting, name, arm, number) for number in range(2)]
 
     def _embedded(self, setting: str, name: str, arm: Arm, number: int) -> dict[str, Array]:
-        path = self.work / f"{setting}-{name.replace(' ', '_')}-{self.seed}-{'fg'[number]}.npy"
+        epochs, which = self.epochs[setting], "fg"[number]
+        path = self.work / f"{setting}-{epochs}-{name.replace(' ', '_')}-{self.seed}-{which}.npy"
         data = cut_modalities(self.data, setting)
         if not path.exists():
             begun = time.monotonic()
             inside = training_masks(self.sets)[number]
-            steps = int(inside.sum()) // _BATCH * self.epochs
+            steps = int(inside.sum()) // _BATCH * epochs
             rows = np.flatnonzero(inside & self.kept if arm.curated else inside)
             seed = 1000 * self.seed + number
             model = train(data, rows, self.donors, arm, steps, seed, self.unrelated)
@@ -460,25 +461,30 @@ def write_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def runs_in(setting: str, name: str) -> bool:
-    """Tell whether an arm says anything in a setting: of two modalities, the name is enough."""
-    return setting == "three" or ARMS[name].noisy != "first"
-
-
 @click.command()
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--cache", default=DEFAULT_CACHE, show_default=True, type=click.Path(path_type=Path))
-@click.option("--setting", "settings", multiple=True, type=click.Choice(list(SETTINGS)))
-@click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Default: all.")
-@click.option("--epochs", default=20, show_default=True, help="Of a model on all its samples.")
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    type=(click.Choice(list(SETTINGS)), click.Choice(list(ARMS))),
+    help="Setting and arm; repeat for several. Default: all.",
+)
+@click.option(
+    "--epochs",
+    type=(int, int),
+    default=(32, 12),
+    show_default=True,
+    help="Of a model on all its samples, of two and of three modalities.",
+)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--table", is_flag=True, help="Print tables instead of one JSON line.")
 def main(
     work: Path,
     cache: Path,
-    settings: tuple[str, ...],
-    arms: tuple[str, ...],
-    epochs: int,
+    arms: tuple[tuple[str, str], ...],
+    epochs: tuple[int, int],
     seeds: tuple[int, ...],
     table: bool,
 ) -> None:
@@ -490,13 +496,11 @@ def main(
     results: dict[str, dict[tuple[int, str], dict[str, float]]] = {}
     curation = {}
     for seed in seeds:
-        bench = Bench(data, seed, epochs, work)
+        bench = Bench(data, seed, dict(zip(SETTINGS, epochs, strict=True)), work)
         curation[seed] = bench.curation()
-        for setting in settings or SETTINGS:
-            for name in arms or ARMS:
-                if runs_in(setting, name):
-                    models = bench.embeddings(setting, name, ARMS[name])
-                    results.setdefault(setting, {})[seed, name] = bench.judge(models)
+        for setting, name in arms or product(SETTINGS, ARMS):
+            models = bench.embeddings(setting, name, ARMS[name])
+            results.setdefault(setting, {})[seed, name] = bench.judge(models)
     summary = {setting: summarize(found) for setting, found in results.items()}
     if table:
         for setting, found in summary.items():
