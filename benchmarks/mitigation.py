@@ -167,31 +167,38 @@ def read_data(cache: Path) -> Data:
     captions = [known[one.code][:_CAPTIONS] for one in emoji]
     pictures = zip(*(one.images for one in emoji), strict=True)
     pixels = np.stack([np.stack([read_pixels(data) for data in part]) for part in pictures])
-    return make_data(
-        list(EMOJI_VENDORS), pixels, captions, group_emoji(emoji, pixels),
-        [one.code for one in emoji],
-    )  # fmt: skip
+    shown = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pixels[0]]
+    vectors = embed_pictures(shown), embed_captions([part[0] for part in captions])
+    uids = [one.code for one in emoji]
+    return make_data(pixels, captions, group_emoji(emoji, pixels), uids, vectors)
 
 
 def make_data(
-    vendors: list[str], pixels: Array, captions: list[list[str]], groups: list[str], uids: list[str]
+    pixels: Array,
+    captions: list[list[str]],
+    groups: list[str],
+    uids: list[str],
+    vectors: tuple[Array, Array],
 ) -> Data:
-    """Embed and tokenize samples, (I, N, 3, S, S) uint8 pictures and lists of captions."""
-    names = [part[0] for part in captions]
-    shown = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pixels[0]]
-    columns = [np.array(column) for column in (uids, names, groups)]
+    """Tokenize captions and shrink pictures, (I, N, 3, S, S) uint8.
+
+    Parameters
+    ----------
+    captions : list of N lists of str
+        The name first.
+    vectors : ((N, D) float32, (N, E) float32)
+        Of the first pictures and the names.
+    """
+    names, spelt, alike = map(np.array, ([part[0] for part in captions], uids, groups))
     plain = np.full(len(uids), "emoji")
-    corpus = Corpus(
-        *columns, plain, columns[2], plain, plain,
-        embed_pictures(shown), embed_captions(names), Path("none"),
-    )  # fmt: skip
+    corpus = Corpus(spelt, names, alike, plain, alike, plain, plain, *vectors, Path("none"))
     tokens = tokenize([caption for part in captions for caption in part])
     words = choose_words(Counter(tokens.ravel().tolist()))
     ends = np.cumsum([len(part) for part in captions])[:-1]
     folded = [list(part) for part in np.split(fold_tokens(tokens, words), ends)]
     sizes = (*pixels.shape[:2], 3, _PX, pixels.shape[3] // _PX, _PX, pixels.shape[4] // _PX)
     small = pixels.reshape(sizes).mean((4, 6)).round().astype(np.uint8)
-    return Data([*vendors, _NAME], small, folded, len(words), corpus, rare_rows(corpus))
+    return Data([*EMOJI_VENDORS, _NAME], small, folded, len(words), corpus, rare_rows(corpus))
 
 
 def cut_modalities(data: Data, setting: str) -> Data:
