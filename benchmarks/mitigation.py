@@ -68,7 +68,7 @@ _RAW = "raw"
 _PX = 32
 _SIZE = {"image_px": _PX, "image_width": 16, "text_width": 64, "text_layers": 1}
 _BATCH = 64
-_RATE, _DECAY = 1e-3, 0.05
+_RATE, _DECAY = 2e-3, 0.05
 _SWAPS = 0.1
 _CAPTIONS = 5
 #: Of the external samples, those that agreement is measured against; the rest are tested on.
@@ -481,7 +481,7 @@ def write_table(summary: dict[str, Any]) -> str:
 @click.option(
     "--epochs",
     type=(int, int),
-    default=(32, 12),
+    default=(16, 8),
     show_default=True,
     help="Of a model on all its samples, of two and of three modalities.",
 )
