@@ -15,6 +15,8 @@ EMOJI_VENDORS = ("google", "twitter")
 EMOJI_VERSION = "16.0.0"
 #: Of `emojibase-data`, which has the names that Unicode's CLDR gives to the same emoji.
 NAMES_VERSION = "16.0.3"
+#: Whose names for emoji that package has too.
+_NAME_MAKERS = ("emojibase", "github", "iamcal", "joypixels")
 
 SKIN_TONES = {
     "1F3FB": "light skin tone",
@@ -145,8 +147,7 @@ def emoji_names(cache: Path, language: str) -> dict[str, str]:
     ValueError
         If the package lacks the language.
     """
-    command = ["npm", "pack", "--silent", f"emojibase-data@{NAMES_VERSION}"]
-    package = fetch_package(f"emojibase-data-{NAMES_VERSION}.tgz", command, cache)
+    package = _names_package(cache)
     with tarfile.open(package) as archive:
         paths = {path.split("/")[1]: path for path in archive.getnames() if _has_names(path)}
         if language not in paths:
@@ -160,6 +161,45 @@ def emoji_names(cache: Path, language: str) -> dict[str, str]:
         for entry in entries
         for variant in (entry, *entry.get("skins", []))
     }
+
+
+def emoji_captions(cache: Path) -> dict[str, list[str]]:
+    """Read what else emoji are called in English: other makers' names, and keywords.
+
+    Parameters
+    ----------
+    cache
+        As `emoji_names`.
+
+    Returns
+    -------
+    dict of str to list of str
+        By code points: distinct captions, its own name, all keywords as one, other names.
+    """
+    folder = "package/en"
+    with tarfile.open(_names_package(cache)) as archive:
+
+        def read(path: str) -> Any:
+            content = archive.extractfile(f"{folder}/{path}.json")
+            assert content is not None
+            return json.load(content)
+
+        entries = read("data")
+        makers = [read(f"shortcodes/{maker}") for maker in _NAME_MAKERS]
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        others = [maker.get(entry["hexcode"], []) for maker in makers]
+        lists = [[other] if isinstance(other, str) else other for other in others]
+        names = [name.replace("_", " ").replace("-", " ") for part in lists for name in part]
+        keywords = [" ".join(entry["tags"])] if "tags" in entry else []
+        captions = {normalise(name): name for name in (entry["label"], *keywords, *names)}
+        found[_plain(entry["hexcode"])] = list(captions.values())
+    return found
+
+
+def _names_package(cache: Path) -> Path:
+    command = ["npm", "pack", "--silent", f"emojibase-data@{NAMES_VERSION}"]
+    return fetch_package(f"emojibase-data-{NAMES_VERSION}.tgz", command, cache)
 
 
 def _has_names(path: str) -> bool:

@@ -22,7 +22,7 @@ from curate.models.clip_proxy import (
 from curate.models.encoders import torch_threads
 from curate.models.train import RETRIES, fit_contrastive, has_learned
 
-__all__ = ["ClipRecipe", "ClipTraining", "train_clip"]
+__all__ = ["ClipRecipe", "ClipTraining", "augment_pixels", "train_clip"]
 
 Array = np.ndarray[Any, Any]
 Disturb = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -151,7 +151,7 @@ def _fit(
     def loss_of(taken: Tensor, alike: Tensor) -> Tensor:
         chosen = taken.numpy()
         pictures, captions = (np.concatenate(part[:, chosen]) for part in (pixels, tokens))
-        seen = _augment(torch.from_numpy(pictures)).to(device)
+        seen = augment_pixels(torch.from_numpy(pictures)).to(device)
         words = _drop_tokens(torch.from_numpy(captions)).to(device)
         sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
         if disturb is not None:
@@ -174,7 +174,7 @@ def _limit_scale(model: CLIP) -> None:
         model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
 
 
-def _augment(pixels: Tensor) -> Tensor:
+def augment_pixels(pixels: Tensor) -> Tensor:
     """Random crops, brightness and contrast: (B, 3, S, S) uint8 -> float32 in [0, 255].
 
     Pictures are not mirrored: captions name left and right, and hold letters.

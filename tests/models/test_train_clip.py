@@ -145,13 +145,13 @@ def test_pairs_that_are_all_alike_teach_nothing_and_break_nothing() -> None:
 def test_augmented_pictures_keep_shape_and_range() -> None:
     pixels = torch.from_numpy(_squares(40)[0])
     torch.manual_seed(0)
-    seen = module._augment(pixels)
+    seen = module.augment_pixels(pixels)
     assert seen.shape == pixels.shape
     assert seen.dtype == torch.float32
     assert 0 <= seen.min() <= seen.max() <= 255
-    assert not torch.equal(module._augment(pixels), seen)
+    assert not torch.equal(module.augment_pixels(pixels), seen)
     torch.manual_seed(0)
-    assert torch.equal(module._augment(pixels), seen)
+    assert torch.equal(module.augment_pixels(pixels), seen)
     change = (seen.mean((1, 2, 3)) - pixels.float().mean((1, 2, 3))).abs()
     assert change.max() < 70  # every picture is still itself
 
@@ -159,11 +159,11 @@ def test_augmented_pictures_keep_shape_and_range() -> None:
 def test_augmented_pictures_are_neither_mirrored_nor_moved_far() -> None:
     pixels = torch.zeros(200, 3, SIDE, SIDE, dtype=torch.uint8)
     pixels[:, :, :, SIDE // 2 :] = 255
-    seen = module._augment(pixels)
+    seen = module.augment_pixels(pixels)
     quarter = SIDE // 4
     assert (seen[..., :quarter] < 60).all()
     assert (seen[..., -quarter:] > 195).all()
-    flat = module._augment(torch.full((50, 3, SIDE, SIDE), 100, dtype=torch.uint8))
+    flat = module.augment_pixels(torch.full((50, 3, SIDE, SIDE), 100, dtype=torch.uint8))
     assert (flat.amax((1, 2, 3)) - flat.amin((1, 2, 3))).max() < 1e-3
     assert flat.mean((1, 2, 3)).std() > 3
 
