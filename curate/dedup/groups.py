@@ -315,18 +315,25 @@ class _SpotMembers:
         self._order = np.argsort(rows, kind="stable")
         self._bounds = np.searchsorted(rows[self._order], np.arange(count + 1))
         self._some = np.diff(self._bounds) > 0
+        # For whom a row was compared last: large spots overlap, by dozens.
+        self._asked = np.full(count, -1, np.int64)
 
     def around(self, row: int) -> Iterator[tuple[Array, Array]]:
-        """Yield rows and their cosines to `row`, spot by spot."""
+        """Yield rows and their cosines to `row`, each row once, spot by spot."""
         spots = self._spots
         if spots is None or not self._some[row]:
             return
         for place in self._order[self._bounds[row] : self._bounds[row + 1]]:
             spot = int(np.searchsorted(spots.starts, place, side="right")) - 1
-            span = slice(spots.starts[spot], spots.starts[spot + 1])
+            span = np.arange(spots.starts[spot], spots.starts[spot + 1])
+            span = span[self._asked[spots.rows[span]] != row]
+            if len(span) == 0:
+                continue
+            rows = spots.rows[span]
+            self._asked[rows] = row
             cosines = _cosines(spots.vectors[span], spots.vectors[place])
-            near = (cosines >= np.float32(spots.min_cosine)) & (spots.rows[span] != row)
-            yield spots.rows[span][near], cosines[near]
+            near = (cosines >= np.float32(spots.min_cosine)) & (rows != row)
+            yield rows[near], cosines[near]
 
 
 def _cosines(vectors: Array, one: Array) -> Array:
