@@ -273,7 +273,7 @@ def compare(found: pa.Table, expected: pa.Table) -> None:
     """Demand equal values by uid; floats may differ in their last digits.
 
     Products of other shapes round differently, and the detector, which learns from forty samples
-    here, makes some 1e-4 of a probability of that.
+    here, makes up to 8e-4 of a probability of that.
     """
     assert found.column_names == expected.column_names
     found, expected = found.sort_by("uid"), expected.sort_by("uid")
@@ -281,7 +281,8 @@ def compare(found: pa.Table, expected: pa.Table) -> None:
         left, right = found[name], expected[name]
         assert left.is_valid().equals(right.is_valid()), name
         if pa.types.is_floating(left.type):
-            close = np.isclose(left.to_numpy(), right.to_numpy(), rtol=1e-4, atol=3e-4)
+            atol = 2e-3 if name.startswith("mismatch_probability") else 1e-4
+            close = np.isclose(left.to_numpy(), right.to_numpy(), rtol=1e-4, atol=atol)
             assert (close | np.isnan(left.to_numpy())).all(), name
         elif COLUMNS[name].type is None:
             vectors, _ = storage.read_vectors(left)

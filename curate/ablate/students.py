@@ -19,6 +19,7 @@ from curate.stages.base import Room
 __all__ = [
     "MODELS",
     "Budget",
+    "Judged",
     "Labels",
     "commit_data",
     "draw_order",

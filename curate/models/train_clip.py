@@ -22,7 +22,7 @@ from curate.models.clip_proxy import (
 from curate.models.encoders import torch_threads
 from curate.models.train import RETRIES, fit_contrastive, has_learned
 
-__all__ = ["ClipRecipe", "ClipTraining", "augment_pixels", "train_clip"]
+__all__ = ["ClipRecipe", "ClipTraining", "Disturb", "augment_pixels", "train_clip"]
 
 Array = np.ndarray[Any, Any]
 Disturb = Callable[[dict[str, Tensor]], dict[str, Tensor]]
