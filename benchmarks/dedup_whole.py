@@ -13,9 +13,10 @@ from pathlib import Path
 
 import click
 import numpy as np
+import yaml
 
 from benchmarks.dedup_quality import draw_pictures
-from benchmarks.whole import watch_command
+from benchmarks.whole import stage_seconds, watch_command
 
 
 def _ours(work: Path, workers: int) -> dict[str, float]:
@@ -23,18 +24,13 @@ def _ours(work: Path, workers: int) -> dict[str, float]:
     out = work / "run"
     shutil.rmtree(out, ignore_errors=True)
     pipeline = work / "whole.yaml"
-    pipeline.write_text(
-        "ingest: {}\nembed: {encoder: offline}\n"
-        "dedup: {min_cosine: 0.78, min_pixel_match: 0.96, max_patch_difference: 15}\n"
-    )
+    shipped = yaml.safe_load(Path("pipelines/dedup.yaml").read_text("utf-8"))
+    recipe = {stage: shipped[stage] for stage in ("ingest", "embed", "dedup")}
+    pipeline.write_text(yaml.safe_dump(recipe, sort_keys=False))
     command = ["run", str(pipeline), "--input", str(work / "images"), "--output", str(out)]
     wall, _, together = watch_command([*command, "--workers", str(workers)])
-    stages = json.loads((out / "run.json").read_text("utf-8"))["stages"]
-    seconds = {
-        name: sum(step["wall_seconds"] for step in stage["steps"].values())
-        for name, stage in stages.items()
-    }
-    return {"seconds": wall, "peak_mb": together / 1e6, **seconds}
+    summary = json.loads((out / "run.json").read_text("utf-8"))
+    return {"seconds": wall, "peak_mb": together / 1e6, **stage_seconds(summary)}
 
 
 def _fastdup(work: Path, python: Path) -> dict[str, float]:

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +265,9 @@ def rank_quality(kind: Array, values: Array, weight: Array, groups: Array) -> di
     """
     kinds, doubled = np.r_[np.ones(len(kind)), np.zeros(len(kind))], np.tile(values, 2)
 
-    def auroc(weight: Array) -> float:
+    def measure(score: Callable[..., float], weight: Array) -> float:
         weights = np.r_[kind * weight, (1 - kind) * weight]
-        return float(roc_auc_score(kinds, doubled, sample_weight=weights))
+        return float(score(kinds, doubled, sample_weight=weights))
 
     rng = np.random.default_rng(0)
     _, places = np.unique(groups, return_inverse=True)
@@ -274,20 +275,15 @@ def rank_quality(kind: Array, values: Array, weight: Array, groups: Array) -> di
     draws = (rng.multinomial(number, np.full(number, 1 / number)) for _ in range(_BOOTSTRAPS))
     drawn = [weight * draw[places] for draw in draws]
     spread = [
-        auroc(part) for part in drawn if (kind * part).sum() > 0 and ((1 - kind) * part).sum() > 0
+        measure(roc_auc_score, part)
+        for part in drawn
+        if (kind * part).sum() > 0 and ((1 - kind) * part).sum() > 0
     ]
     own = kind * weight
     return {
-        "auroc": round(auroc(weight), 4),
+        "auroc": round(measure(roc_auc_score, weight), 4),
         "interval": [round(float(end), 3) for end in np.quantile(spread, (0.025, 0.975))],
-        "average_precision": round(
-            float(
-                average_precision_score(
-                    kinds, doubled, sample_weight=np.r_[own, (1 - kind) * weight]
-                )
-            ),
-            4,
-        ),
+        "average_precision": round(measure(average_precision_score, weight), 4),
         "effective": round(float(own.sum() ** 2 / (own**2).sum()), 1),
     }
 

@@ -36,7 +36,6 @@ from benchmarks.memorization import mean_of, rare_rows
 from benchmarks.noise import plant
 from benchmarks.signature import Samples, embed
 from benchmarks.signature_three import group_emoji, read_pixels
-from benchmarks.students import hits_at
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, run_score
 from curate import storage
 from curate.audit import Embeddings, measure
@@ -44,6 +43,7 @@ from curate.engine.workers import keep_freed_memory
 from curate.memorization.folds import hash_unit
 from curate.memorization.metrics import clipmem, multimem
 from curate.memorization.protocol import draw_sets, training_masks
+from curate.memorization.retrieval import hits_at
 from curate.mitigation import CaptionSampler, EmbeddingNoise, TargetedBatches, TextMask
 from curate.models.clip_proxy import (
     ClipShape,

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import psutil
 
-__all__ = ["watch_command"]
+__all__ = ["stage_seconds", "watch_command"]
 
 _COMMAND = [sys.executable, "-m", "curate"]
 _SAMPLE_SECONDS = 0.2
@@ -49,7 +49,8 @@ def _children(root: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _stage_seconds(summary: dict[str, Any]) -> dict[str, float]:
+def stage_seconds(summary: dict[str, Any]) -> dict[str, float]:
+    """Return the wall-seconds of each stage, of its slowest table, from a `run.json`."""
     seconds: dict[str, float] = {}
     for table, facts in summary["stages"].items():
         stage = table.partition(".")[0]
@@ -77,7 +78,7 @@ def main(pipeline: str, source: str, out: str, workers: int | None) -> None:
         "pipeline": pipeline,
         "counts": summary["counts"],
         "wall_seconds": round(wall, 1),
-        "stage_seconds": _stage_seconds(summary),
+        "stage_seconds": stage_seconds(summary),
         "peak_mb_one_process": round(one / 1e6),
         "peak_mb_all": round(together / 1e6),
         "again_seconds": round(again, 2),

@@ -1,6 +1,7 @@
 """Settings to compare, and what `select` would keep under each."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +52,9 @@ class Setting:
     def options(self) -> str:
         """What to add to `curate run`; what is no parameter of a run is left out."""
         kept = {n: v for n, v in self.values.items() if n != _NOISE}
-        return " ".join(f"--set {_quote(f'{name}={_show(value)}')}" for name, value in kept.items())
+        return " ".join(
+            f"--set {shlex.quote(f'{name}={_show(value)}')}" for name, value in kept.items()
+        )
 
     @property
     def noise(self) -> float:
@@ -66,10 +69,6 @@ class Setting:
 
 def _show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _quote(text: str) -> str:
-    return text if not set(text) & set(" '\"{}[]*?$&|;<>()") else "'" + text.replace("'", "") + "'"
 
 
 @dataclass(frozen=True)

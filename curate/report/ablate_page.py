@@ -7,6 +7,7 @@ from curate.report.ablate_words import tell_recommendation
 from curate.report.charts import draw_intervals
 from curate.report.page import clean_text
 from curate.report.plain import wrap_page
+from curate.report.words import SPAN
 
 __all__ = ["render_ablation"]
 
@@ -18,8 +19,6 @@ _PARTS = {
     "zero_shot": "Zero-shot accuracy",
 }
 _KINDS = {"random": "Random sets of the same size", "cosine": "Cosine filter of the same size"}
-#: Standard errors that a 95 % interval spans on either side.
-_SPAN = 1.96
 
 
 def render_ablation(report: dict[str, Any]) -> bytes:
@@ -71,7 +70,7 @@ def _curve(report: dict[str, Any], kind: str, part: str, title: str, told: str) 
     points = []
     for row in rows:
         one = row["figures"][part]
-        span = _SPAN * one["stderr"]
+        span = SPAN * one["stderr"]
         label = f"{row['share_dropped']:.0%}"
         points.append((label, one["gain"] - span, one["gain"], one["gain"] + span))
     return draw_intervals(title, told, points)

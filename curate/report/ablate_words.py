@@ -2,10 +2,9 @@
 
 from typing import Any
 
-__all__ = ["describe_ablation", "tell_recommendation"]
+from curate.report.words import SPAN
 
-#: Standard errors that a 95 % interval spans on either side.
-_SPAN = 1.96
+__all__ = ["describe_ablation", "tell_recommendation"]
 
 
 def describe_ablation(report: dict[str, Any], page: str) -> str:
@@ -52,7 +51,7 @@ def tell_recommendation(report: dict[str, Any]) -> list[str]:
             "No setting is better than the loosest beyond noise: it is recommended.",
         ]
     gain, share = found["gain"], found["share_dropped"]
-    low, high = (gain["mean"] + sign * _SPAN * gain["stderr"] for sign in (-1, 1))
+    low, high = (gain["mean"] + sign * SPAN * gain["stderr"] for sign in (-1, 1))
     told = (
         f"It drops {share:.1%} of what the loosest setting keeps and raises held-out R@10 by "
         f"{gain['mean']:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
@@ -64,8 +63,8 @@ def tell_recommendation(report: dict[str, Any]) -> list[str]:
         told += f"; it is the loosest within one standard error of the best, {best}."
     lines = [f"Recommended: {options}", told]
     for kind, one in found["versus"].items():
-        verb = "is better than" if one["mean"] > _SPAN * one["stderr"] else (
-            "is worse than" if one["mean"] < -_SPAN * one["stderr"] else "cannot be told from"
+        verb = "is better than" if one["mean"] > SPAN * one["stderr"] else (
+            "is worse than" if one["mean"] < -SPAN * one["stderr"] else "cannot be told from"
         )  # fmt: skip
         what = {"random": "a random set", "cosine": "a cosine filter"}[kind]
         lines.append(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["describe_facts", "describe_repeated", "describe_unlike", "stage_times"]
+__all__ = ["SPAN", "describe_facts", "describe_repeated", "describe_unlike", "stage_times"]
 
 _ODDITIES = {
     "truncated_files": "input files are cut off; what comes before the cut was read",
@@ -13,6 +13,8 @@ _ODDITIES = {
 
 #: Above this estimated share real pairs are hardly told from planted ones.
 _NEARLY_ALL = 0.9
+#: Standard errors that a 95 % interval spans on either side.
+SPAN = 1.96
 #: Characters of a caption within a sentence.
 _SHOWN_CHARS = 80
 
@@ -114,7 +116,7 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
     if detector.get("share") is not None:
         lines.append(
             f"Estimated share of mismatched captions: {detector['share']:.1%} "
-            f"(± {1.96 * detector['share_stderr']:.1%})"
+            f"(± {SPAN * detector['share_stderr']:.1%})"
         )
     if (detector.get("share") or 0) > _NEARLY_ALL:
         lines.append(

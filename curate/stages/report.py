@@ -10,7 +10,7 @@ from pydantic import Field
 
 from curate import storage
 from curate.report.page import Chart, Overview, read_assets, render_data, render_page
-from curate.report.words import describe_facts, stage_times
+from curate.report.words import SPAN, describe_facts, stage_times
 from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
 from curate.stages.report_draw import FURTHER, SHOWN, Drawn, draw
@@ -225,7 +225,7 @@ def _tiles(run: RunFacts) -> list[tuple[str, str, str]]:
     facts, tiles = run.facts, []
     detector = facts.get("score", {}).get("mismatch", {})
     if detector.get("share") is not None:
-        within = 1.96 * detector["share_stderr"]
+        within = SPAN * detector["share_stderr"]
         low, high = max(detector["share"] - within, 0), min(detector["share"] + within, 1)
         behind = f"of all captions, estimated: {low:.1%} to {high:.1%}"
         tiles.append((f"{detector['share']:.1%}", "mismatched", behind))

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from curate.report.words import describe_repeated, describe_unlike
 from curate.stages.report_curves import Array, column, numbers
+from curate.stages.report_map import unit_vectors
 from curate.stages.select_table import fold_caption
 
 __all__ = ["Captions"]
@@ -96,7 +97,7 @@ class Captions:
         known = [vectors[uid] for uid in drawn if uid in vectors]
         if len(known) < _LEAST_DRAWN:
             return []
-        random = _unit(known)
+        random = unit_vectors(np.stack(known))
         alike = np.quantile((random @ random.T)[np.triu_indices(len(random), 1)], _ALIKE)
         found = []
         for folded, held in (self._chosen or {}).items():
@@ -104,16 +105,8 @@ class Captions:
             number = len(known)
             if number < _LEAST:
                 continue
-            unit = _unit(known)
+            unit = unit_vectors(np.stack(known))
             mean = (np.square(unit.sum(axis=0)).sum() - number) / (number * (number - 1))
             if mean < alike:
                 found.append(folded)
         return found
-
-
-def _unit(vectors: list[Array]) -> Array:
-    """(N, D) float32 of at least one; zeros stay zeros."""
-    rows = np.stack(vectors).astype(np.float32)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: Array = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return unit

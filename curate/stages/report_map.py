@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from curate import storage
 from curate.stages.base import Room
 
-__all__ = ["MAPPED", "draw_map", "project", "read_vectors"]
+__all__ = ["MAPPED", "draw_map", "project", "read_vectors", "unit_vectors"]
 
 Array = np.ndarray[Any, Any]
 
@@ -57,6 +57,14 @@ def draw_map(vectors: dict[str, Array], uids: list[str]) -> dict[str, Any] | Non
     return {"points": points, "trust": trust}
 
 
+def unit_vectors(vectors: Array) -> Array:
+    """Return (N, D) as float32 of unit norm; zeros stay zeros."""
+    rows = vectors.astype(np.float32)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Array = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit
+
+
 def project(vectors: Array) -> tuple[Array, float | None]:
     """Lay vectors on a plane by t-SNE, begun from their principal components.
 
@@ -82,8 +90,7 @@ def project(vectors: Array) -> tuple[Array, float | None]:
     from sklearn.manifold import TSNE, trustworthiness
     from threadpoolctl import threadpool_limits
 
-    lengths = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
-    unit = vectors.astype(np.float32) / np.maximum(lengths, np.finfo(np.float32).tiny)
+    unit = unit_vectors(vectors)
     if not np.ptp(unit, axis=0).any():
         return np.full((len(unit), 2), 0.5), None
     perplexity = min(_PERPLEXITY, (len(unit) - 1) / 3)
