@@ -2,7 +2,8 @@
 
 A spot is a picture and everything near it, thousands of times the same logo. Its pairs grow with
 the square of its size, so they are not written: whoever needs them compares the spot's vectors
-(`groups.walk` does, with those that it keeps, which are few).
+(`groups.walk` does, with those that it keeps, which are few). What is near two pictures that share
+most of what is near them is one spot, or a large one would be stored again for each at its rim.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ _PAIRS_PER_MEMBER = 4
 #: Fewer pairs than this at one picture are no spot, nor are many of which fewer than this share are
 #: pairs of each other: comparing what is kept of them would cost their square after all.
 _LEAST_SPOT, _LEAST_DENSITY = 16, 0.25
+#: Of what is near a picture, the share in one spot above which it joins that spot.
+_MOST_SHARED = 0.5
 #: Rows above which spots are looked for before all pairs are computed, and how many members ask.
 _LARGE_CELL, _ASKED = 256, 64
 #: Pairs, at most, that are held before those within spots are left out: at the rim of a large spot
@@ -80,10 +83,9 @@ def search_cell(
     """
     # With `most` a cell is large as soon as a row may have more copies in it than may be written.
     large = _LARGE_CELL if most is None else min(most, _LARGE_CELL)
-    spots = _find_spots(around, members, min_cosine, confirm) if len(around) > large else []
-    inside = np.zeros((len(spots), len(around)), bool)
-    for number, spot in enumerate(spots):
-        inside[number, spot] = True
+    spots, inside = [], np.zeros((0, len(around)), bool)
+    if len(around) > large:
+        spots, inside = _find_spots(around, members, min_cosine, confirm)
     # By the first spot that holds them: nobody of it needs comparing with them.
     home = np.where(inside.any(0), inside.argmax(0), -1) if spots else np.full(len(around), -1)
     is_member = np.zeros(len(around), bool)
@@ -118,13 +120,23 @@ def _plus_self(most: int | None) -> int | None:
     return None if most is None else most + 1
 
 
-def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confirm) -> list[Array]:
-    """Find spots among the pairs of a few members, where a cell is too large to see all."""
+def _find_spots(
+    around: Rows, members: Array, min_cosine: float, confirm: _Confirm
+) -> tuple[list[Array], Array]:
+    """Find spots among the pairs of a few members, where a cell is too large to see all.
+
+    Returns
+    -------
+    spots : list of (S,) int64
+    inside : (T, N) bool
+        Which rows each of the spots holds.
+    """
     asked = members[np.linspace(0, len(members) - 1, _ASKED).astype(int)]
     number, other, cosines = pairs_within(around.take(asked), around, min_cosine)
     apart = asked[number] != other
     number, other, cosines = number[apart], other[apart], cosines[apart]
     rest = np.ones(len(number), bool)
+    centres: list[int] = []
     spots: list[Array] = []
     failed = np.zeros(_ASKED, int)
     for _ in range(_MOST_SPOTS):
@@ -141,16 +153,36 @@ def _find_spots(around: Rows, members: Array, min_cosine: float, confirm: _Confi
             near = _confirmed(asked[centre], near, confirm)
         inside = np.zeros(len(around), bool)
         inside[near] = inside[asked[centre]] = True
-        covered = inside[asked[number]] & inside[other]
-        if len(near) < _LEAST_SPOT or covered.sum() < _LEAST_DENSITY * inside[asked].sum() * len(
-            near
-        ):
-            failed[np.isin(asked, alike)] += 1
-            failed[centre] = _MOST_FAILED
-            continue
-        spots.append(np.r_[asked[centre], near])
+        # Where pairs must be confirmed, those of two pictures' copies with each other are not.
+        shared = (
+            [] if confirm is not None else [spot[inside].mean() > _MOST_SHARED for spot in spots]
+        )
+        for place in np.flatnonzero(shared):
+            if (covered := _covered(inside | spots[place], asked, number, other)) is not None:
+                spots[place] |= inside
+                break
+        else:
+            covered = _covered(inside, asked, number, other) if len(near) >= _LEAST_SPOT else None
+            if covered is None:
+                failed[np.isin(asked, alike)] += 1
+                failed[centre] = _MOST_FAILED
+                continue
+            centres.append(asked[centre])
+            spots.append(inside)
         rest &= ~covered
-    return spots
+    # The centre comes first.
+    places = [np.flatnonzero(spot) for spot in spots]
+    ordered = [
+        np.r_[centre, rows[rows != centre]] for centre, rows in zip(centres, places, strict=True)
+    ]
+    return ordered, np.array(spots, bool).reshape(len(spots), len(around))
+
+
+def _covered(inside: Array, asked: Array, number: Array, other: Array) -> Array | None:
+    """Tell which pairs of those asked a spot of these rows covers; None if too few are pairs."""
+    covered: Array = inside[asked[number]] & inside[other]
+    dense = covered.sum() >= _LEAST_DENSITY * inside[asked].sum() * (inside.sum() - 1)
+    return covered if dense else None
 
 
 def _confirmed(centre: int, near: Array, confirm: Callable[[Array, Array], Array]) -> Array:

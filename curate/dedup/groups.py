@@ -167,7 +167,7 @@ class Spots(NamedTuple):
     ----------
     rows : (S,) int64
         Members of all spots, one spot after another; the first of each is its centre. A sample may
-        be in several.
+        be in several. Pairs join each to the centre, some by way of others.
     starts : (T + 1,) int64
         Where each spot starts.
     vectors : (S, D) float16
@@ -181,7 +181,7 @@ class Spots(NamedTuple):
     min_cosine: float
 
     def stars(self) -> tuple[Array, Array]:
-        """Return the pairs of every centre with its members: (E,) int64 twice."""
+        """Join every centre to its members, as their pairs do: (E,) int64 twice."""
         centres = np.repeat(self.rows[self.starts[:-1]], np.diff(self.starts))
         proper = centres != self.rows
         return centres[proper], self.rows[proper]
@@ -341,7 +341,7 @@ def _cosines(vectors: Array, one: Array) -> Array:
     from curate.dedup.neighbors import exact_cosines
 
     parts = [
-        exact_cosines(part, np.broadcast_to(one, part.shape))
+        exact_cosines(part, one[None])
         for part in (vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK))
     ]
     return np.concatenate(parts)

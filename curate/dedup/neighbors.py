@@ -178,6 +178,7 @@ def exact_cosines(left: Array, right: Array) -> Array:
     Parameters
     ----------
     left, right : (E, D) floating
+        Either may be one row, (1, D), for all of the other.
     """
     one, other = _single(left), _single(right)
     norms = np.sqrt(np.vecdot(one, one) * np.vecdot(other, other))

@@ -2,6 +2,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 from curate.dedup import cells
 from curate.dedup.cells import merge_cells, order_cells, search_cell
@@ -70,8 +71,11 @@ def test_edges_and_spots_hold_every_pair(logos: int, others: int, visitors: int)
     stored = len(written) + sum(map(len, found.spots))
     assert stored <= 10 * len(vectors)
     for spot in found.spots:
-        assert (exact_cosines(vectors[spot], vectors[spot[:1]].repeat(len(spot), 0)) >= 0.95).all()
-    assert bool(found.spots) == (logos > 0)
+        near = unit_rows(vectors[spot]) @ unit_rows(vectors[spot]).T >= 0.95
+        assert near.mean() >= 0.25
+        assert connected_components(near, directed=False)[0] == 1
+    # Nearly all copies are in one spot, though each is near some of the others alone.
+    assert len(found.spots) == (logos > 0)
 
 
 def test_the_walk_sees_no_difference_between_edges_and_spots() -> None:
