@@ -83,7 +83,8 @@ def search_cell(
     """
     # With `most` a cell is large as soon as a row may have more copies in it than may be written.
     large = _LARGE_CELL if most is None else min(most, _LARGE_CELL)
-    spots, inside = [], np.zeros((0, len(around)), bool)
+    spots: list[Array] = []
+    inside = np.zeros((0, len(around)), bool)
     if len(around) > large:
         spots, inside = _find_spots(around, members, min_cosine, confirm)
     # By the first spot that holds them: nobody of it needs comparing with them.
