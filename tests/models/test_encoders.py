@@ -15,6 +15,7 @@ from curate.models import parse_encoder
 from curate.models.encoders import (
     Encoder,
     Precision,
+    _ReLU6,
     batches,
     load_encoder,
     pad_rows,
@@ -151,6 +152,15 @@ def test_folded_norms_change_nothing(offline: Encoder) -> None:
         expected = plain((torch.from_numpy(pixels).float() - 127) / 128)
     expected = torch.nn.functional.normalize(expected, dim=1).numpy()
     np.testing.assert_allclose(offline.encode_images(pixels, PLAIN), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_clamping_is_relu6(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    values = values[values.isfinite()].to(dtype)
+    expected = torch.nn.functional.relu6(values)
+    assert torch.equal(_ReLU6()(values), expected)
+    assert 0 < (expected == 6).sum() < (expected == 0).sum() < len(values)
 
 
 def test_neighbours_in_a_batch_do_not_matter(offline: Encoder) -> None:
