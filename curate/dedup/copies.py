@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curate.dedup.registration import GRID_PX, Found, ReadImage, find, groups, merge
+from curate.dedup.registration import DIGITS, GRID_PX, Found, ReadImage, find, groups, merge
 
 __all__ = ["are_copies", "pixel_matches", "worst_differences"]
 
@@ -146,7 +146,7 @@ class _Asked:
 def _confirm(left: Array, right: Array, read_image: ReadImage, asked: _Asked) -> Array:
     one, other = (find(*ends, read_image, _LEAST_MATCH) for ends in ((left, right), (right, left)))
     # Of a picture and its crop only one can be found within the other: looking once is enough.
-    swapped = other.expected > one.expected
+    swapped = other.expected.round(DIGITS) > one.expected.round(DIGITS)
     found = merge(swapped, other, one)
     outer, inner = np.where(swapped, right, left), np.where(swapped, left, right)
     least = -1 if asked.min_match is None else asked.min_match - _SLACK
@@ -287,8 +287,8 @@ class _Look:
         if self.target.is_plain or self.worst > _LIGHT_WORST * self.asked.max_difference:
             return False
         pixels = _cut(self.other, self.window, len(self.target.pixels))
-        white = (np.minimum(pixels, self.target.pixels).min(axis=2) >= _WHITE).mean()
-        black = (np.maximum(pixels, self.target.pixels).max(axis=2) <= _BLACK).mean()
+        white = (np.minimum(pixels, self.target.pixels) >= _WHITE).all(axis=2).mean()
+        black = (np.maximum(pixels, self.target.pixels) <= _BLACK).all(axis=2).mean()
         if white > _WHITE_SHARE or black > _BLACK_SHARE:
             return False
         return self.registers(self.other, relit=True)
@@ -399,4 +399,6 @@ def _worst_patch(differences: Array) -> float:
     """The largest norm of the mean over a patch of 3 x 3."""
     rows = differences[:-2] + differences[1:-1] + differences[2:]
     sums = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    return float(np.sqrt(np.square(sums).sum(axis=-1).max()) / 9)
+    # Channel by channel: numpy sums three numbers at a time ten times as slowly.
+    luma, blue, red = np.moveaxis(np.square(sums), -1, 0)
+    return float(np.sqrt((luma + blue + red).max()) / 9)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-__all__ = ["GRID_PX", "Found", "ReadImage", "find", "groups", "merge"]
+__all__ = ["DIGITS", "GRID_PX", "Found", "ReadImage", "find", "groups", "merge"]
 
 Array = np.ndarray[Any, Any]
 ReadImage = Callable[[int], Image.Image]
@@ -36,6 +36,9 @@ _MIDDLE_PX = (30,)
 #: Standard deviation over pixels, in grey levels of the most varied channel, at and below which a
 #: picture counts as of one colour. (Channels differ from each other in any colour but grey.)
 _MIN_SPREAD = 1.0
+_MIDDLE_GREY = 128
+#: Decimals of correlations by which windows are told apart.
+DIGITS = 5
 #: Share of a picture's own gradients added to them, so that stripes do not move along themselves.
 _RIDGE = 1e-3
 
@@ -102,10 +105,12 @@ def find(outer: Array, inner: Array, read_image: ReadImage, least: float = -1.0)
             np.array(parts, np.float32)
             for parts in zip(*(whole(int(other)) for other in inner[pairs]), strict=True)
         )
-        # The targets are centred, so that the windows need not be.
-        products = windows @ targets.T
+        # The targets are centred, so that the windows need not be. Float32 would make the window
+        # chosen depend on how many targets are multiplied.
+        products = windows.astype(np.float64) @ targets.T.astype(np.float64)
         found = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-        places[pairs] = found.argmax(axis=0)
+        # Of windows as good the first, which is the whole picture.
+        places[pairs] = found.round(DIGITS).argmax(axis=0)
         # Rounding may leave 1.000001.
         best = matches[pairs] = expected[pairs] = np.minimum(found.max(axis=0), 1)
         hopeful = np.flatnonzero((best >= least) & (best > 0))
@@ -119,25 +124,24 @@ def find(outer: Array, inner: Array, read_image: ReadImage, least: float = -1.0)
 
 def _whole(image: Image.Image) -> tuple[Array, float]:
     """(24 * 24 * 3,) float32, centred, unit norm, or zeros if of one colour; width over height."""
-    pixels = _scaled(image, GRID_PX)
-    norm = _norms(pixels)[0]
-    row = pixels.ravel()
-    centred = (row - row.mean()) / norm if norm > 0 else np.zeros_like(row)
+    row = _scaled(image, GRID_PX).reshape(1, -1)
+    norm = _norms(row)[0]
+    centred = (row[0] - row.mean()) / norm if norm > 0 else np.zeros_like(row[0])
     return centred, image.width / image.height
 
 
 def _windows(image: Image.Image) -> tuple[Array, Array]:
     """(W, 24 * 24 * 3) float32 and the norms (W, 1) that they have once centred."""
-    rows, norms = [], []
+    parts = []
     for side in (*_SEARCH_PX, *_MIDDLE_PX):
         pixels = _scaled(image, side)
         if side in _MIDDLE_PX:
             start = (side - GRID_PX) // 2
             pixels = pixels[start : start + GRID_PX, start : start + GRID_PX]
         views = sliding_window_view(pixels, (GRID_PX, GRID_PX), axis=(0, 1))
-        rows.append(views.transpose(0, 1, 3, 4, 2).reshape(-1, GRID_PX * GRID_PX * 3))
-        norms.append(_norms(pixels))
-    return np.concatenate(rows), np.concatenate(norms)[:, None]
+        parts.append(views.transpose(0, 1, 3, 4, 2).reshape(-1, GRID_PX * GRID_PX * 3))
+    rows = np.concatenate(parts)
+    return rows, _norms(rows)[:, None]
 
 
 def _places() -> Array:
@@ -159,27 +163,28 @@ _PLACES = _places()
 
 
 def _scaled(image: Image.Image, side: int) -> Array:
-    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
+    """(side, side, 3) float32: grey levels from the middle one, whole numbers."""
+    small = image.resize((side, side), Image.Resampling.BOX)
+    return np.asarray(small, np.float32) - np.float32(_MIDDLE_GREY)
 
 
-def _norms(pixels: Array) -> Array:
-    """Norms (W,) float32 of all windows of (side, side, 3), once centred.
+def _norms(rows: Array) -> Array:
+    """Norms (W,) float32 of windows (W, 24 * 24 * 3), once centred.
 
     0 where a window is of one colour: it has nothing to correlate and matches nothing but equal
     bytes.
     """
-    sums = np.zeros((len(pixels) + 1, len(pixels) + 1, 6))
-    sums[1:, 1:, :3] = pixels
-    sums[1:, 1:, 3:] = np.square(pixels)
-    sums.cumsum(axis=0, out=sums).cumsum(axis=1, out=sums)
-    k, count = GRID_PX, GRID_PX * GRID_PX
-    inside = sums[k:, k:] - sums[k:, :-k] - sums[:-k, k:] + sums[:-k, :-k]
-    first, second = inside.reshape(-1, 6)[:, :3], inside.reshape(-1, 6)[:, 3:]
+    # Whole numbers under 2**24 (squares of 128 over 576 pixels): float32 has them exactly.
+    first, second = (
+        part.astype(np.float64) for part in (rows @ _OF_CHANNEL, rows**2 @ _OF_CHANNEL)
+    )
+    count = GRID_PX * GRID_PX
     spread = np.sqrt(np.maximum(second / count - (first / count) ** 2, 0))
     centred = np.maximum(second.sum(1) - first.sum(1) ** 2 / (3 * count), 0)
     return np.where(spread.max(axis=1) > _MIN_SPREAD, np.sqrt(centred), 0).astype(np.float32)
 
 
+_OF_CHANNEL = np.tile(np.eye(3, dtype=np.float32), (GRID_PX * GRID_PX, 1))
 _SHARE = ((np.arange(GRID_PX) + 0.5) / GRID_PX - 0.5).astype(np.float32)
 _X, _Y = _SHARE[None, :, None], _SHARE[:, None, None]
 

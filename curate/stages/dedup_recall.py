@@ -60,8 +60,9 @@ _MORE_CANDIDATES = 4
 #: Multiples of the golden ratio's fraction are spread evenly: each query asks about others.
 _GOLDEN = 0.6180339887498949
 #: Samples at home in the cells of one task: 64 tasks, within these. 16 k of 1280 float16 and
-#: bfloat16 with as many visitors are 170 MB.
-_LEAST_TASK, _MOST_TASK, _TASKS = 2048, 16384, 64
+#: bfloat16 with as many visitors are 170 MB. Pictures take a hundred times as long as vectors, and
+#: a series is in few cells.
+_LEAST_TASK, _LEAST_PICTURES, _MOST_TASK, _TASKS = 2048, 256, 16384, 64
 #: 95 % of a normal distribution lies within so many standard deviations.
 _Z = 1.96
 
@@ -222,7 +223,8 @@ def _cut_parts(room: Room) -> int:
         own = storage.read_array(room.path("cells", f"{shard}.npy"))[0]
         homes += np.bincount(own[own >= 0], minlength=len(homes))
     total = int(homes.sum())
-    size = min(max(total // _TASKS, _LEAST_TASK), _MOST_TASK)
+    least = _LEAST_PICTURES if dedup_stage(room).asks_pixels else _LEAST_TASK
+    size = min(max(total // _TASKS, least), _MOST_TASK)
     # A cell belongs to the task that its middle falls into.
     middle = np.cumsum(homes) - homes / 2
     _, starts = np.unique((middle // size).astype(int), return_index=True)

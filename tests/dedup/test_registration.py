@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from curate.dedup.registration import find
 from tests.dedup.test_copies import draw
@@ -32,3 +32,17 @@ def test_nothing_is_expected_of_what_is_hopeless() -> None:
     found = find(LEFT, RIGHT, read, least=1)
     assert found.expected[0] == found.matches[0] < 1
     assert found.degrees[0] == 0
+
+
+def test_windows_do_not_depend_on_what_else_is_asked() -> None:
+    # Rings look the same from many windows: the last digit would decide which is chosen.
+    rings = [Image.new("RGB", (64, 64), "white") for _ in range(40)]
+    for number, ring in enumerate(rings):
+        half, grey = 20 + number % 10 * 0.8, 60 + number * 4
+        box = (32 - half, 32 - half, 32 + half, 32 + half)
+        ImageDraw.Draw(ring).ellipse(box, outline=(grey, grey, grey))
+    left, right = np.triu_indices(len(rings), 1)
+    whole = find(left, right, rings.__getitem__)
+    alone = [find(left[[n]], right[[n]], rings.__getitem__) for n in range(len(left))]
+    np.testing.assert_array_equal(whole.windows, np.concatenate([one.windows for one in alone]))
+    assert len(np.unique(whole.windows, axis=0)) > 5
