@@ -325,11 +325,14 @@ class _SpotMembers:
             return
         for place in self._order[self._bounds[row] : self._bounds[row + 1]]:
             spot = int(np.searchsorted(spots.starts, place, side="right")) - 1
-            span = np.arange(spots.starts[spot], spots.starts[spot + 1])
-            span = span[self._asked[spots.rows[span]] != row]
-            if len(span) == 0:
-                continue
+            begin, end = spots.starts[spot : spot + 2].tolist()
+            span: slice | Array = slice(begin, end)
+            fresh = self._asked[spots.rows[span]] != row
+            if not fresh.all():
+                span = begin + np.flatnonzero(fresh)
             rows = spots.rows[span]
+            if len(rows) == 0:
+                continue
             self._asked[rows] = row
             cosines = _cosines(spots.vectors[span], spots.vectors[place])
             near = (cosines >= np.float32(spots.min_cosine)) & (rows != row)
