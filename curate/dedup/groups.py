@@ -268,6 +268,7 @@ def walk(
     ).tocsr()
     linked = np.diff(graph.indptr) > 0
     members = _SpotMembers(spots, count)
+    limited = np.zeros(count, bool) if kinds is None else kinds >= 0
     representative = np.full(count, -1, np.int64)
     cosine = np.full(count, np.nan, np.float32)
     places = Counter[int]()
@@ -281,7 +282,16 @@ def walk(
         closer = values > nearness[near]
         reached[near[closer]], nearness[near[closer]] = row, values[closer]
 
-    for row in preference[eligible[preference]]:
+    order = preference[eligible[preference]]
+    # Most samples reach nothing but their equals: of these the first stays.
+    meets = linked | members.some
+    meets[nodes[limited]] = True
+    alone = order[~meets[nodes[order]]]
+    own, first = np.unique(nodes[alone], return_index=True)
+    kept[own] = alone[first]
+    others = np.delete(alone, first)
+    representative[others], cosine[others] = kept[nodes[others]], 1.0
+    for row in order[meets[nodes[order]]]:
         node = nodes[row]
         if kept[node] >= 0:
             representative[row], cosine[row] = kept[node], 1.0
@@ -314,14 +324,14 @@ class _SpotMembers:
         rows = spots.rows if spots is not None else np.zeros(0, np.int64)
         self._order = np.argsort(rows, kind="stable")
         self._bounds = np.searchsorted(rows[self._order], np.arange(count + 1))
-        self._some = np.diff(self._bounds) > 0
+        self.some = np.diff(self._bounds) > 0
         # For whom a row was compared last: large spots overlap, by dozens.
         self._asked = np.full(count, -1, np.int64)
 
     def around(self, row: int) -> Iterator[tuple[Array, Array]]:
         """Yield rows and their cosines to `row`, each row once, spot by spot."""
         spots = self._spots
-        if spots is None or not self._some[row]:
+        if spots is None or not self.some[row]:
             return
         for place in self._order[self._bounds[row] : self._bounds[row + 1]]:
             spot = int(np.searchsorted(spots.starts, place, side="right")) - 1
