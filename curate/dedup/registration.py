@@ -11,9 +11,9 @@ Simard, LeCun & Denker, Efficient pattern recognition using a new transformation
 1992.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +37,8 @@ _MIDDLE_PX = (30,)
 #: picture counts as of one colour. (Channels differ from each other in any colour but grey.)
 _MIN_SPREAD = 1.0
 _MIDDLE_GREY = 128
+#: Pictures that are kept ready to be searched for: 45 kB each.
+_KEPT = 1024
 #: Decimals of correlations by which windows are told apart.
 DIGITS = 5
 #: Share of a picture's own gradients added to them, so that stripes do not move along themselves.
@@ -95,19 +97,17 @@ def find(outer: Array, inner: Array, read_image: ReadImage, least: float = -1.0)
     least : float
         A lower correlation is taken for hopeless: nothing more is expected of it.
     """
-    whole = cache(lambda name: _whole(read_image(name)))
+    whole = lru_cache(_KEPT)(lambda name: _Whole(read_image(name)))
     matches = np.zeros(len(outer), np.float32)
     expected, degrees = matches.copy(), matches.copy()
     places = np.zeros(len(outer), np.intp)
     for name, pairs in groups(outer):
         windows, norms = _windows(read_image(name))
-        targets, aspects = (
-            np.array(parts, np.float32)
-            for parts in zip(*(whole(int(other)) for other in inner[pairs]), strict=True)
-        )
+        wholes = [whole(int(other)) for other in inner[pairs]]
+        targets = np.array([one.row for one in wholes], np.float64)
         # The targets are centred, so that the windows need not be. Float32 would make the window
         # chosen depend on how many targets are multiplied.
-        products = windows.astype(np.float64) @ targets.T.astype(np.float64)
+        products = windows.astype(np.float64) @ targets.T
         found = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
         # Of windows as good the first, which is the whole picture.
         places[pairs] = found.round(DIGITS).argmax(axis=0)
@@ -117,17 +117,48 @@ def find(outer: Array, inner: Array, read_image: ReadImage, least: float = -1.0)
         pairs = pairs[hopeful]
         at = places[pairs]
         expected[pairs], degrees[pairs] = _expect(
-            windows[at] / norms[at], targets[hopeful], aspects[hopeful], best[hopeful]
+            windows[at] / norms[at], [wholes[one] for one in hopeful], best[hopeful]
         )
     return Found(matches, expected, _PLACES[places], degrees)
 
 
-def _whole(image: Image.Image) -> tuple[Array, float]:
-    """(24 * 24 * 3,) float32, centred, unit norm, or zeros if of one colour; width over height."""
-    row = _scaled(image, GRID_PX).reshape(1, -1)
-    norm = _norms(row)[0]
-    centred = (row[0] - row.mean()) / norm if norm > 0 else np.zeros_like(row[0])
-    return centred, image.width / image.height
+class _Whole:
+    """A picture that is searched for.
+
+    Parameters
+    ----------
+    image : Image.Image
+
+    Attributes
+    ----------
+    row : (24 * 24 * 3,) float32
+        Centred, of unit norm, or zeros if of one colour.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        row = _scaled(image, GRID_PX).ravel()
+        norm = _norms(row[None])[0]
+        self.row = (row - row.mean()) / norm if norm > 0 else np.zeros_like(row)
+        self._aspect = image.width / image.height
+
+    @cached_property
+    def tangents(self) -> Array:
+        """(5, 24 * 24 * 3) float32: what moving, scaling and turning add to the row."""
+        pixels = self.row.reshape(GRID_PX, GRID_PX, 3)
+        down, across = (np.gradient(pixels, 1 / GRID_PX, axis=axis) for axis in (0, 1))
+        turn = across * _Y / self._aspect - down * _X * self._aspect
+        tangents = np.stack([across, down, across * _X, down * _Y, turn]).reshape(5, -1)
+        tangents -= tangents.mean(axis=1, keepdims=True)
+        # What is left of them beside the row itself.
+        tangents -= np.outer(tangents @ self.row, self.row)
+        return tangents.astype(np.float32)
+
+    @cached_property
+    def inverse(self) -> Array:
+        """(5, 5) float64: from products with the tangents to shares of them."""
+        normal = (self.tangents @ self.tangents.T).astype(np.float64)
+        ridge = _RIDGE * np.trace(normal) / 5 + 1e-9
+        return np.linalg.inv(normal + ridge * np.eye(5))
 
 
 def _windows(image: Image.Image) -> tuple[Array, Array]:
@@ -189,31 +220,17 @@ _SHARE = ((np.arange(GRID_PX) + 0.5) / GRID_PX - 0.5).astype(np.float32)
 _X, _Y = _SHARE[None, :, None], _SHARE[:, None, None]
 
 
-def _expect(windows: Array, targets: Array, aspects: Array, matches: Array) -> tuple[Array, Array]:
+def _expect(windows: Array, wholes: Sequence[_Whole], matches: Array) -> tuple[Array, Array]:
     """Correlations (P,) that moving, scaling and turning may reach, and the turns in degrees.
 
-    `windows` (P, 24 * 24 * 3) of unit norm once centred, `targets` centred too; `aspects` (P,) are
-    width over height of the targets.
+    `windows` are (P, 24 * 24 * 3), of unit norm once centred.
     """
-    across, down = _slopes(targets.reshape(-1, GRID_PX, GRID_PX, 3))
-    aspect = aspects[:, None, None, None]
-    turn = across * _Y / aspect - down * _X * aspect
-    tangents = np.stack([across, down, across * _X, down * _Y, turn], axis=1)
-    tangents = tangents.reshape(len(targets), 5, GRID_PX * GRID_PX * 3)
-    tangents -= tangents.mean(axis=2, keepdims=True)
-    # What is left of them beside the target itself: (P, 5, 24 * 24 * 3).
-    tangents -= (tangents @ targets[:, :, None]) * targets[:, None]
-    products = (tangents @ windows[:, :, None])[:, :, 0].astype(np.float64)
-    normal = (tangents @ tangents.transpose(0, 2, 1)).astype(np.float64)
-    ridge = _RIDGE * np.trace(normal, axis1=1, axis2=2) / 5 + 1e-9
-    normal += ridge[:, None, None] * np.eye(5)
-    moves = np.linalg.solve(normal, products[:, :, None])[:, :, 0]
-    explained = np.maximum((moves * products).sum(axis=1), 0)
+    if len(wholes) == 0:
+        return np.zeros(0), np.zeros(0)
+    tangents = np.stack([one.tangents for one in wholes])
+    inverse = np.stack([one.inverse for one in wholes])
+    products = (tangents @ windows[:, :, None]).astype(np.float64)
+    moves = (inverse @ products)[:, :, 0]
+    explained = np.maximum((moves * products[:, :, 0]).sum(axis=1), 0)
     expected = np.sqrt(np.minimum(matches.astype(np.float64) ** 2 + explained, 1))
     return expected, np.degrees(moves[:, 4] / matches)
-
-
-def _slopes(pixels: Array) -> tuple[Array, Array]:
-    """Gradients across and down of (P, 24, 24, 3), per side."""
-    down, across = np.gradient(pixels, 1 / GRID_PX, axis=(1, 2))
-    return across.astype(np.float32), down.astype(np.float32)
