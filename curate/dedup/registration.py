@@ -144,14 +144,15 @@ class _Whole:
     @cached_property
     def tangents(self) -> Array:
         """(5, 24 * 24 * 3) float32: what moving, scaling and turning add to the row."""
-        pixels = self.row.reshape(GRID_PX, GRID_PX, 3)
-        down, across = (np.gradient(pixels, 1 / GRID_PX, axis=axis) for axis in (0, 1))
+        pixels: Array = self.row.reshape(GRID_PX, GRID_PX, 3)
+        down, across = np.gradient(pixels, 1 / GRID_PX, axis=(0, 1))
         turn = across * _Y / self._aspect - down * _X * self._aspect
         tangents = np.stack([across, down, across * _X, down * _Y, turn]).reshape(5, -1)
         tangents -= tangents.mean(axis=1, keepdims=True)
         # What is left of them beside the row itself.
         tangents -= np.outer(tangents @ self.row, self.row)
-        return tangents.astype(np.float32)
+        found: Array = tangents.astype(np.float32)
+        return found
 
     @cached_property
     def inverse(self) -> Array:
