@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.copies import COPIES, make_copy
 from curate import storage
-from curate.dedup.neighbors import pairs_within, unit_rows
+from curate.dedup.neighbors import Rows, pairs_within, unit_rows
 from curate.formats.pixels import decode
 from curate.memorization.folds import hash_unit
 
@@ -204,7 +204,7 @@ def _ours(runs: _Runs) -> Iterator[tuple[str, Pairs, float]]:
     np.save(runs.work / "vectors.npy", vectors)
     for cosine in (0.95, 0.9):
         begun = time.monotonic()
-        left, right, _ = pairs_within(vectors, vectors, cosine)
+        left, right, _ = pairs_within(Rows.of(vectors), Rows.of(vectors), cosine)
         yield f"cosine {cosine:.2f}", _once(left, right), time.monotonic() - begun
 
 
