@@ -270,19 +270,14 @@ def test_one_shard_or_many_give_the_same_by_uid(eight: Run, one: Run, name: str)
 
 
 def compare(found: pa.Table, expected: pa.Table) -> None:
-    """Demand equal values by uid; floats may differ in their last digits.
-
-    Products of other shapes round differently, and the detector, which learns from forty samples
-    here, makes up to 8e-4 of a probability of that.
-    """
+    """Demand equal values by uid; floats may differ in their last digits."""
     assert found.column_names == expected.column_names
     found, expected = found.sort_by("uid"), expected.sort_by("uid")
     for name in expected.column_names:
         left, right = found[name], expected[name]
         assert left.is_valid().equals(right.is_valid()), name
         if pa.types.is_floating(left.type):
-            atol = 2e-3 if name.startswith("mismatch_probability") else 1e-4
-            close = np.isclose(left.to_numpy(), right.to_numpy(), rtol=1e-4, atol=atol)
+            close = np.isclose(left.to_numpy(), right.to_numpy(), rtol=1e-4, atol=1e-4)
             assert (close | np.isnan(left.to_numpy())).all(), name
         elif COLUMNS[name].type is None:
             vectors, _ = storage.read_vectors(left)

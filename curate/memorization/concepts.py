@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from curate.memorization.blocks import by_blocks
+
 __all__ = ["name_images"]
 
 Array = np.ndarray[Any, Any]
@@ -37,6 +39,11 @@ def name_images(image: Array, classifier: Array, names: Array) -> Array:
     (N, E) float32
         Not centred, not of unit norm.
     """
-    logits = _STEEPNESS * (image @ classifier.T)
-    chances = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (chances / chances.sum(axis=1, keepdims=True)) @ names
+
+    def name(rows: Array) -> Array:
+        logits = _STEEPNESS * (rows @ classifier.T)
+        chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+        named: Array = (chances / chances.sum(axis=1, keepdims=True)) @ names
+        return named
+
+    return by_blocks(name, image)

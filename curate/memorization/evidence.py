@@ -6,16 +6,16 @@ how phantoms are made instead of what a mismatch looks like.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from curate.memorization.blocks import by_blocks
+
 __all__ = ["EVIDENCE", "FEATURES", "Bank", "Pairs", "ProxyView", "gather_evidence", "highest"]
 
 Array = np.ndarray[Any, Any]
-
-#: Rows per block, always padded to this: a row's floats must not depend on its shard.
-_ROWS = 256
 
 #: Columns whose maximum stands for them in a first round.
 _GROUP = 32
@@ -88,13 +88,6 @@ class Pairs:
     captions: Array
     rows: Array
 
-    def block(self, start: int) -> tuple["Pairs", int]:
-        """Return `_ROWS` pairs from `start`, the last repeated if need be, and how many count."""
-        count = min(_ROWS, len(self.captions) - start)
-        take = np.minimum(np.arange(start, start + _ROWS), start + count - 1)
-        parts = (self.image, self.text, self.clusters, self.captions, self.rows)
-        return Pairs(*(part[take] for part in parts)), count
-
 
 @dataclass(frozen=True)
 class ProxyView:
@@ -147,10 +140,10 @@ def gather_evidence(
     ----------
     Zhang et al., LEMoN (arXiv:2407.18941), section 3: neighbours in either modality.
     """
-    near = np.zeros((len(pairs.captions), 2 * len(_SIDE_FEATURES) + 1))
-    for start in range(0, len(near), _ROWS):
-        block, count = pairs.block(start)
-        near[start : start + count] = _neighbour_evidence(block, bank)[:count]
+    near = by_blocks(
+        lambda image, text, rows: _neighbour_evidence(image, text, rows, bank),
+        *(pairs.image, pairs.text, pairs.rows),
+    )
     own, _, _ = _proxy_evidence(pairs, [shared] if shared else [])
     mean, spread, bits = _proxy_evidence(pairs, views)
     result = np.column_stack([mean, spread, near, own, bits])
@@ -165,13 +158,10 @@ def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> tuple[Array, Array,
     seen = np.zeros(count)
     for view in views:
         rows = np.flatnonzero(view.left_out)
-        for start in range(0, len(rows), _ROWS):
-            part = rows[start : start + _ROWS]
-            take = np.concatenate([part, np.repeat(part[-1:], _ROWS - len(part))])
-            found = _under_proxy(pairs, view, take)[: len(part)]
-            total[part] += found
-            squares[part] += found[:, 0] ** 2
-            seen[part] += 1
+        found = by_blocks(partial(_under_proxy, pairs, view), rows)
+        total[rows] += found
+        squares[rows] += found[:, 0] ** 2
+        seen[rows] += 1
     seen = np.maximum(seen, 1)
     mean = total / seen[:, None]
     spread = np.sqrt(np.maximum(squares / seen - mean[:, 0] ** 2, 0))
@@ -201,10 +191,10 @@ def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
     return np.stack(result, axis=1)
 
 
-def _neighbour_evidence(pairs: Pairs, bank: Bank) -> Array:
+def _neighbour_evidence(image: Array, text: Array, rows: Array, bank: Bank) -> Array:
     """See `FEATURES`: either side's, then the information."""
-    by_image = _without(pairs.image @ bank.image.T, pairs.rows)
-    by_text = _without(pairs.text @ bank.text.T, pairs.rows)
+    by_image = _without(image @ bank.image.T, rows)
+    by_text = _without(text @ bank.text.T, rows)
     near_image, near_text = _kernel(by_image), _kernel(by_text)
     # Pointwise mutual information by kernel densities: do the image's neighbours and the
     # caption's neighbours coincide more than by chance?

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from curate.memorization.blocks import by_blocks
 from curate.memorization.evidence import highest
 
 __all__ = ["RARE", "isolation", "rank_scale"]
@@ -12,9 +13,6 @@ Array = np.ndarray[Any, Any]
 
 #: The rarest fifth counts as rare where rare and common samples are told apart.
 RARE = 0.8
-
-#: Rows per block, always padded to this: a row's floats must not depend on its shard.
-_ROWS = 256
 
 
 def isolation(
@@ -41,21 +39,20 @@ def isolation(
     (N,) float32, [0, 2]
         Higher is rarer; 2 where the bank holds nothing outside the cluster.
     """
-    result = np.zeros(len(clusters), np.float32)
-    for start in range(0, len(clusters), _ROWS):
-        count = min(_ROWS, len(clusters) - start)
-        take = np.minimum(np.arange(start, start + _ROWS), start + count - 1)
-        lines, columns = np.nonzero(clusters[take][:, None] == bank[2])
-        outside = len(bank[2]) - np.bincount(lines, minlength=_ROWS)
+
+    def alone(image: Array, text: Array, clusters: Array) -> Array:
+        lines, columns = np.nonzero(clusters[:, None] == bank[2])
+        outside = len(bank[2]) - np.bincount(lines, minlength=len(clusters))
         last = np.maximum(np.minimum(neighbour, outside) - 1, 0)[:, None]
-        total = np.zeros(_ROWS, np.float32)
+        total = np.zeros(len(clusters), np.float32)
         for queries, base in ((image, bank[0]), (text, bank[1])):
-            cosines = queries[take] @ base.T
+            cosines = queries @ base.T
             cosines[lines, columns] = -1
             nearest = np.take_along_axis(highest(cosines, neighbour), last, 1)
             total += 1 - np.take_along_axis(cosines, nearest, 1)[:, 0]
-        result[start : start + count] = np.where(outside > 0, total / 2, 2)[:count]
-    return result
+        return np.where(outside > 0, total / 2, np.float32(2))
+
+    return by_blocks(alone, image, text, clusters)
 
 
 def rank_scale(values: Array, reference: Array) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
+from curate.memorization.blocks import by_blocks
 from curate.memorization.concepts import name_images
 from curate.memorization.evidence import Bank, ProxyView
 from curate.memorization.folds import block_masks, draw_blocks, hash_unit
@@ -165,8 +166,8 @@ def read_samples(room: Room, shard: str) -> Samples:
 
 def centre(vectors: Array, front: tuple[Array, Array]) -> Array:
     """Centre and rotate: (N, D) -> (N, F) float32, unit norm."""
-    turned = (vectors.astype(np.float32) - front[0]) @ front[1]
-    return unit(turned)
+    mean, directions = front
+    return by_blocks(lambda rows: unit((rows.astype(np.float32) - mean) @ directions), vectors)
 
 
 def unit(vectors: Array) -> Array:
