@@ -91,6 +91,13 @@ def tell_kinds(
     list of str or None
         `none`: generalised; `harmful`: memorized and mismatched; `beneficial`: memorized and, by
         the evidence, correct. None where score or probability is unknown.
+
+    Notes
+    -----
+    An outlier to both modalities is no case of its own. Foreign but right pairs lie as far out as
+    noise beside garbled captions, which in numbers lie close to each other: isolation in both
+    spaces, or distance from the mean picture, holds on one corpus and fails on the next
+    (`benchmarks.outliers`).
     """
     memorized = score > _SURE * np.nan_to_num(stderr)
     memorized &= score > _MEMORIZED_SHARE * np.maximum(coherence_in - 1, 0)
