@@ -51,11 +51,14 @@ class Budget:
     model : str
         One of `MODELS`.
     steps, batch : int
+    retries : int
+        Times that a diverged training is begun again.
     """
 
     model: str
     steps: int
     batch: int
+    retries: int = 2
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,8 @@ def measure_cost(folder: str, places: Array) -> float:
     seconds = []
     for steps in (few, few, more):  # the first also loads what later ones find loaded
         begun = time.monotonic()
-        budget = Budget(whole.model, steps, whole.batch)
+        # Nothing is learnt in so few steps, which is not to be taken for a training that diverged.
+        budget = Budget(whole.model, steps, whole.batch, retries=0)
         order = draw_order(places, np.ones(len(places)), steps * whole.batch, 0)
         _fit_and_judge(folder, np.stack([order, order], 1), Mitigation(), 0, budget)
         seconds.append(time.monotonic() - begun)
@@ -302,7 +306,7 @@ def _train_clip(
     from curate.models.train_clip import ClipRecipe, train_clip
 
     device = pick_device()
-    recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device))
+    recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device), retries=budget.retries)
     shape = ClipShape(len(arrays["words"]), **_SHAPES[budget.model])
     names = ("pixels", "tokens", "codes", "held")
     # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
@@ -347,7 +351,7 @@ def _train_heads(
     # Every sample as often as it is seen: the closed-form start must weigh it alike.
     trained = train_heads(
         HeadsShape(*widths), (fronts[0], fronts[1]), (image[rows[:, 0]], text[rows[:, 1]]),
-        codes[rows].reshape(len(rows), -1), Recipe(1, budget.batch), seed,
+        codes[rows].reshape(len(rows), -1), Recipe(1, budget.batch, retries=budget.retries), seed,
     )  # fmt: skip
     sides = [
         part.astype(np.float32) for part in embed_pairs(trained.heads, image[held], text[held])

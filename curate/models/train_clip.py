@@ -50,6 +50,8 @@ class ClipRecipe:
     weight_decay : float
     dtype : str
         "float32" or "bfloat16".
+    retries : int
+        Times that a diverged training is begun again, with another seed.
     """
 
     epochs: int = 30
@@ -57,6 +59,7 @@ class ClipRecipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     dtype: str = "bfloat16"
+    retries: int = RETRIES
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def train_clip(
     tokens = tokens if tokens.ndim == 3 else tokens[None]
     disturb = disturb or Disturb()
     with torch_threads(1):
-        for attempt in range(RETRIES + 1):
+        for attempt in range(recipe.retries + 1):
             torch.manual_seed(seed + attempt * 1_000_003)
             model = build_clip(shape).to(device)
             losses = _fit(model, pixels, tokens, groups, recipe, rows, disturb)
