@@ -35,27 +35,28 @@ _ANEW = ("score", "select", "write", "report")
 
 def _plant_run(out: Path, truth: Path, target: Path, swaps: float) -> Path:
     """Copy a finished run, swap captions in the copy, score and select anew."""
-    if (target / "planted.npy").exists():
+    if (target / "run.json").exists():
         return target
-    shutil.rmtree(target, ignore_errors=True)
     run = read_finished(str(out))
-    kept = [name for name in run["stages"] if name.partition(".")[0] not in _ANEW]
-    for name in kept:
-        folder = f"stages/{name}-{run['stages'][name]['fingerprint']}"
-        shutil.copytree(out / folder, target / folder, copy_function=os.link)
-    corpus = read_corpus(str(out), str(truth))
-    spoilt, planted = plant(corpus, "swap", swaps, 0) if swaps else (corpus, np.zeros(0, bool))
     room = open_select(str(out), run)
     folders = {name: path.replace(str(out), str(target)) for name, path in room.folders.items()}
     room = replace(room, folders=folders)
-    if swaps:
-        _write_captions(room, spoilt)
-    score = Score(**run["stages"]["score"]["parameters"])
-    select = room.stage
-    _carry_out(room, score)
-    _carry_out(room, select)
+    if not (target / "planted.npy").exists():
+        shutil.rmtree(target, ignore_errors=True)
+        kept = [name for name in run["stages"] if name.partition(".")[0] not in _ANEW]
+        for name in kept:
+            folder = f"stages/{name}-{run['stages'][name]['fingerprint']}"
+            shutil.copytree(out / folder, target / folder, copy_function=os.link)
+        corpus = read_corpus(str(out), str(truth))
+        planted = np.zeros(0, "U32")
+        if swaps:
+            spoilt, rows = plant(corpus, "swap", swaps, 0)
+            planted = spoilt.uids[rows]
+            _write_captions(room, spoilt)
+        storage.commit_array(str(target / "planted.npy"), planted)
+    for stage in (Score(**run["stages"]["score"]["parameters"]), room.stage):
+        _carry_out(room, stage, target / "done")
     (target / "run.json").write_text((out / "run.json").read_text())
-    storage.commit_array(str(target / "planted.npy"), spoilt.uids[planted] if swaps else planted)
     return target
 
 
@@ -85,11 +86,15 @@ def _write_captions(room: Room, spoilt: Corpus) -> None:
             storage.commit_table(path, changed)
 
 
-def _carry_out(room: Room, stage: Stage) -> None:
+def _carry_out(room: Room, stage: Stage, done: Path) -> None:
+    """Run all tasks of a stage but those whose mark is in `done`."""
     own = replace(room, stage=stage, missing=frozenset(t.name for t in stage.tables()))
     for step in stage.steps():
         for task in step.tasks(own):
-            step.run(own, task)
+            mark = done / f"{stage.name}-{step.name}-{task}"
+            if not mark.exists():
+                step.run(own, task)
+                storage.commit_bytes(str(mark), b"")
 
 
 def _ablate(out: Path, model: str, seeds: int, controls: bool) -> dict[str, Any]:

@@ -126,6 +126,9 @@ ARMS = {
     "curated": Arm(curated=True),
     "mitigated": _MITIGATED,
     "curated and mitigated": replace(_MITIGATED, curated=True),
+    "curated, three captions": Arm(captions=3, curated=True),
+    "curated, five captions": Arm(captions=_CAPTIONS, curated=True),
+    "curated, captions and masks": Arm(captions=3, mask=0.15, curated=True),
 }
 
 

@@ -330,6 +330,7 @@ def audit(
     "--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.15,
     show_default=True, help="Share of the clusters that judges and is not trained on.",
 )  # fmt: skip
+@click.option("--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge.")
 @click.option(
     "--limit", type=click.IntRange(1), default=20_000, show_default=True,
     help="Samples that are trained on or held out at most.",
@@ -357,7 +358,7 @@ def ablate(
 
     Small models are trained on what each setting would keep, all for as many steps, and judged by
     held-out pairs. FILE lists settings such as `- {select.max_mismatch_rate: 0.05}`: any fields of
-    select, dedup.min_cosine (stricter) and mitigation.noise.
+    select, dedup.min_cosine (stricter), load.weighted, and mitigation.noise, captions or text_mask.
     """
     from curate.ablate import ablating
     from curate.engine.progress import make_progress

@@ -1,13 +1,14 @@
 """`curate ablate`: how hard to filter the data of a finished run."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from curate import storage
-from curate.ablate.grid import decide_all, open_select, propose, read_grid
-from curate.ablate.labels import read_labels
+from curate.ablate.grid import Setting, decide_all, open_select, propose, read_grid
+from curate.ablate.labels import read_labels, read_uids
 from curate.ablate.pairs import Pairs, choose_pairs
 from curate.ablate.rounds import Line, Pool, Rounds, plan_lines
 from curate.ablate.students import MODELS, Budget, Labels, commit_data, measure_cost
@@ -23,7 +24,7 @@ __all__ = ["Request", "ablate", "describe_cost", "page_of"]
 
 Array = np.ndarray[Any, Any]
 
-_VERSION = 1
+_VERSION = 2
 #: Tables of the run that students see.
 _SEEN = ("ingest", "embed.vectors", "embed.thumbnails", "dedup")
 #: With fewer samples a student learns too little to tell settings apart.
@@ -46,6 +47,8 @@ class Request:
         See `read_labels`.
     held_out : float
         Share of the clusters that judges.
+    held_out_list : str or None
+        Names the pairs that judge instead, see `read_uids`.
     limit : int
         Samples of the pool at most.
     seeds : int
@@ -54,7 +57,7 @@ class Request:
         Passes over what the loosest setting keeps that every student's steps are worth.
     weighted : bool
         Draw samples by the weight that `select` gives them, which by itself makes little of what
-        is probably mismatched.
+        is probably mismatched; where a setting does not say otherwise.
     controls : bool
         Random and cosine-filtered sets of each size.
     seed : int
@@ -68,6 +71,7 @@ class Request:
     model: str = "small"
     labels: str | None = None
     held_out: float = 0.15
+    held_out_list: str | None = None
     limit: int = 20_000
     seeds: int = 3
     epochs: float | None = None
@@ -113,9 +117,9 @@ def _ablate(
 ) -> dict[str, Any]:
     room = open_select(request.out, run)
     settings = propose(room) if request.grid is None else read_grid(request.grid)
-    if request.model == "heads" and any(setting.noise for setting in settings):
-        raise ConfigError("--model heads: knows no mitigation.noise. Leave it out of the grid.")
-    pairs = choose_pairs(room, request.held_out, request.limit, request.seed)
+    _check_heads(request.model, settings)
+    named = None if request.held_out_list is None else read_uids(request.held_out_list)
+    pairs = choose_pairs(room, request.held_out, request.limit, request.seed, named)
     labels = _read_labels(request, run, pairs)
     lines = plan_lines(decide_all(room, settings), pairs, request.weighted, request.controls)
     budget = _budget(request, lines[0])
@@ -147,6 +151,17 @@ def _ablate(
     return report
 
 
+def _check_heads(model: str, settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        asked = setting.mitigation
+        for name in ("noise", "text_mask"):
+            if model == "heads" and getattr(asked, name):
+                raise ConfigError(
+                    f"--model heads: knows no mitigation.{name}. Leave it out of the grid, or take "
+                    "another model."
+                )
+
+
 def _read_labels(request: Request, run: dict[str, Any], pairs: Pairs) -> Labels | None:
     if request.labels is None:
         return None
@@ -170,8 +185,8 @@ def _identity(request: Request, run: dict[str, Any], budget: Budget, pairs: Pair
     labels = None
     if request.labels is not None:
         labels = fingerprint(storage.read_bytes(request.labels).hex())
-    held = fingerprint([pairs.uids[place] for place in pairs.held])
-    return fingerprint([_VERSION, made_of, asdict(budget), held, len(pairs), labels])
+    pool = fingerprint([pairs.uids, pairs.held.tolist()])
+    return fingerprint([_VERSION, made_of, asdict(budget), pool, labels])
 
 
 def _plan(
@@ -254,6 +269,7 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
         "recommended": {
             "name": chosen.name,
             "options": best.training.decided.setting.options,
+            "training": best.training.decided.setting.training,
             "share_dropped": of[chosen.name]["share_dropped"],
             "best": chosen.best,
             "gain": asdict(chosen.gain),

@@ -3,13 +3,14 @@
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
+from curate.ablate.students import Mitigation
 from curate.config import nearest, read_yaml
 from curate.engine.finished import open_room
 from curate.errors import ConfigError
@@ -24,9 +25,16 @@ Array = np.ndarray[Any, Any]
 CONTROLS = ("random", "cosine")
 #: Of the samples that the loosest setting keeps, the shares that the default grid drops.
 _SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
-#: What a setting may change besides fields of `select`.
-_MIN_COSINE, _NOISE = "dedup.min_cosine", "mitigation.noise"
-_OTHERS = (_MIN_COSINE, _NOISE)
+#: What a setting may change besides fields of `select`; all but the first is done in training.
+_MIN_COSINE, _WEIGHTED, _MITIGATION = "dedup.min_cosine", "load.weighted", "mitigation."
+_WHILE_TRAINING = (_WEIGHTED, *(f"{_MITIGATION}{part.name}" for part in fields(Mitigation)))
+_OTHERS = (_MIN_COSINE, *_WHILE_TRAINING)
+#: The least and the largest value.
+_LIMITS = {
+    _MIN_COSINE: (0, 1), "mitigation.noise": (0, 10), "mitigation.captions": (1, 100),
+    "mitigation.text_mask": (0, 0.9),
+}  # fmt: skip
+_WHOLE = ("mitigation.captions",)
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class Setting:
     Parameters
     ----------
     values : dict of str to value
-        By the name that `--set` gives it; `mitigation.noise` is no parameter of a run, but the
-        standard deviation of `curate.mitigation.EmbeddingNoise` while the model trains.
+        By the name that `--set` gives it. `load.weighted` and `mitigation.FIELD`, see
+        `Mitigation`, are no parameters of a run: they are done while the model trains.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -45,21 +53,38 @@ class Setting:
     @property
     def name(self) -> str:
         """As one line, in the form of `--set`."""
-        shown = (f"{name}={_show(value)}" for name, value in self.values.items())
-        return " ".join(shown) or "as the run is"
+        return self._line(list(self.values)) or "as the run is"
+
+    @property
+    def training(self) -> str:
+        """What is done while a model trains, as one line."""
+        return self._line([name for name in self.values if name in _WHILE_TRAINING])
+
+    def _line(self, names: Sequence[str]) -> str:
+        return " ".join(f"{name}={_show(self.values[name])}" for name in names)
 
     @property
     def options(self) -> str:
         """What to add to `curate run`; what is no parameter of a run is left out."""
-        kept = {n: v for n, v in self.values.items() if n != _NOISE}
+        kept = {n: v for n, v in self.values.items() if n not in _WHILE_TRAINING}
         return " ".join(
             f"--set {shlex.quote(f'{name}={_show(value)}')}" for name, value in kept.items()
         )
 
     @property
-    def noise(self) -> float:
-        """Standard deviation of what is added to embeddings."""
-        return float(self.values.get(_NOISE, 0.0))
+    def mitigation(self) -> Mitigation:
+        """What students do besides."""
+        given = {
+            n.removeprefix(_MITIGATION): v
+            for n, v in self.values.items()
+            if n.startswith(_MITIGATION)
+        }
+        return Mitigation(**given)
+
+    @property
+    def weighted(self) -> bool | None:
+        """Whether samples are drawn by their weights; None where the setting does not say."""
+        return self.values.get(_WEIGHTED)
 
     def stage(self, base: Select) -> Select:
         """Return `select` as the setting has it."""
@@ -83,12 +108,16 @@ class Decided:
         0 where dropped.
     dropped : dict of str to int
         By reason.
+    captions : (M, 2) int64
+        Rows that are kept and have a caption, ascending, and rows whose captions they have, their
+        own first.
     """
 
     setting: Setting
     keep: Array
     weight: Array
     dropped: dict[str, int]
+    captions: Array
 
 
 def open_select(out: str, run: dict[str, Any]) -> Room:
@@ -148,10 +177,14 @@ def _check_names(path: str, setting: Setting) -> None:
         if name not in known:
             near = nearest(name, known) or " Choose select.FIELD, " + " or ".join(_OTHERS) + "."
             raise ConfigError(f"{path}: {name!r} is no parameter that can be compared.{near}")
-        limits = {_MIN_COSINE: 1.0, _NOISE: 10.0}
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name in limits and not (is_number and 0 <= value <= limits[name]):
-            raise ConfigError(f"{path}: {name} must be in [0, {limits[name]:g}]; got {value!r}.")
+        if name == _WEIGHTED and not isinstance(value, bool):
+            raise ConfigError(f"{path}: {name} must be true or false; got {value!r}.")
+        low, high = _LIMITS.get(name, (None, None))
+        kinds = int if name in _WHOLE else int | float
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if low is not None and not (is_number and low <= value <= high):
+            what = "a whole number in" if name in _WHOLE else "in"
+            raise ConfigError(f"{path}: {name} must be {what} [{low}, {high}]; got {value!r}.")
 
 
 def propose(room: Room) -> list[Setting]:
@@ -217,7 +250,8 @@ def _decide(room: Room, setting: Setting) -> Decided:
         raise ConfigError(f"--grid: {_MIN_COSINE} needs a run with `dedup`; this one has none.")
     decisions, _ = decide(replace(room, stage=stage), least)
     weight = np.asarray(decisions.weight, np.float64)
-    return Decided(setting, decisions.walk.kept, weight, decisions.counts()["counts"]["dropped"])
+    dropped, captions = decisions.counts()["counts"]["dropped"], np.stack(decisions.merged, 1)
+    return Decided(setting, decisions.walk.kept, weight, dropped, captions)
 
 
 def _check_columns(room: Room, base: Select, stage: Select) -> None:

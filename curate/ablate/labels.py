@@ -1,4 +1,4 @@
-"""Labels of samples from a table, for zero-shot classification."""
+"""Tables by uid that a user gives: labels for zero-shot classification, and pairs that judge."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,9 @@ from curate import storage
 from curate.errors import InputError
 from curate.formats.sources import open_binary, readable, split_suffix
 
-__all__ = ["read_labels"]
+__all__ = ["read_labels", "read_uids"]
 
 Array = np.ndarray[Any, Any]
-
-_COLUMNS = ("uid", "label")
 
 
 def read_labels(path: str, uids: Sequence[str]) -> tuple[list[str], Array]:
@@ -40,15 +38,7 @@ def read_labels(path: str, uids: Sequence[str]) -> tuple[list[str], Array]:
     InputError
         If it cannot be read, lacks a column, or names fewer than two classes of these samples.
     """
-    if not storage.exists(path):
-        raise InputError(f"--labels {path}: must be a table of uid and label; there is none there.")
-    with readable(path, "a table of uid and label"):
-        table = _read(path)
-    for name in _COLUMNS:
-        if name not in table.column_names:
-            shown = ", ".join(table.column_names[:12]) or "none"
-            raise InputError(f"--labels {path}: must have the column {name}; got {shown}.")
-    uid, label = (table[name].cast(pa.string()).to_pylist() for name in _COLUMNS)
+    uid, label = _read_columns("--labels", path, ("uid", "label"))
     known = {u: text for u, text in zip(uid, label, strict=True) if text and text.strip()}
     found = [known.get(one) for one in uids]
     names = sorted({text for text in found if text is not None})
@@ -59,6 +49,36 @@ def read_labels(path: str, uids: Sequence[str]) -> tuple[list[str], Array]:
         )
     places = {name: place for place, name in enumerate(names)}
     return names, np.array([-1 if text is None else places[text] for text in found], np.int64)
+
+
+def read_uids(path: str) -> frozenset[str]:
+    """Return the uids of pairs to hold out.
+
+    Parameters
+    ----------
+    path : str
+        As for `read_labels`, with the column uid.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or lacks the column.
+    """
+    (uids,) = _read_columns("--held-out-list", path, ("uid",))
+    return frozenset(uid for uid in uids if uid)
+
+
+def _read_columns(option: str, path: str, names: tuple[str, ...]) -> list[list[str | None]]:
+    what = f"a table of {' and '.join(names)}"
+    if not storage.exists(path):
+        raise InputError(f"{option} {path}: must be {what}; there is none there.")
+    with readable(path, what):
+        table = _read(path)
+    for name in names:
+        if name not in table.column_names:
+            shown = ", ".join(table.column_names[:12]) or "none"
+            raise InputError(f"{option} {path}: must have the column {name}; got {shown}.")
+    return [table[name].cast(pa.string()).to_pylist() for name in names]
 
 
 def _read(path: str) -> pa.Table:

@@ -60,7 +60,9 @@ class Pairs:
         return len(self.rows)
 
 
-def choose_pairs(room: Room, share: float, limit: int, seed: int) -> Pairs:
+def choose_pairs(
+    room: Room, share: float, limit: int, seed: int, named: frozenset[str] | None = None
+) -> Pairs:
     """Draw pool and held-out pairs by cluster.
 
     Parameters
@@ -68,10 +70,13 @@ def choose_pairs(room: Room, share: float, limit: int, seed: int) -> Pairs:
     room : Room
         Of the run's `select`.
     share : float
-        Of the clusters to hold out, (0, 1).
+        Of the clusters to hold out, (0, 1); without `named`.
     limit : int
         Samples of the pool at most, in whole clusters.
     seed : int
+    named : frozenset of str, optional
+        Uids to hold out instead. Of their clusters nothing is trained on, and the first in the
+        order judges.
 
     Raises
     ------
@@ -88,20 +93,27 @@ def choose_pairs(room: Room, share: float, limit: int, seed: int) -> Pairs:
     uids, clusters, captions = (table[n].to_pylist() for n in ("uid", "cluster_id", "caption"))
     usable = table["usable"].to_numpy(zero_copy_only=False)
     draw = hash_unit(clusters, seed, "ablate pool")
+    if named is not None:
+        asked = {c for c, u in zip(clusters, uids, strict=True) if u in named}
+        draw[[cluster in asked for cluster in clusters]] = 0.0  # they are in the pool, all
     if usable.sum() > limit:
         usable = usable & (draw <= np.sort(draw[usable])[limit - 1])
     rows = np.flatnonzero(usable)
     order = hash_unit([uids[row] for row in rows], seed, "ablate order")
     rows = rows[np.argsort(order, kind="stable")]
     chosen = np.array([clusters[row] for row in rows], str)
-    held_out = hash_unit(chosen.tolist(), seed, "ablate held out") < share
-    places = np.flatnonzero(held_out)
+    if named is None:
+        held_out = judges = hash_unit(chosen.tolist(), seed, "ablate held out") < share
+    else:
+        held_out = np.array([cluster in asked for cluster in chosen.tolist()], bool)
+        judges = np.array([uids[row] in named for row in rows], bool)
+    places = np.flatnonzero(judges)
     held = np.sort(places[np.unique(chosen[places], return_index=True)[1]])
     if len(held) < LEAST_HELD_OUT:
+        option = f"--held-out {share:g}" if named is None else "--held-out-list"
         raise InputError(
-            f"--held-out {share:g}: must leave at least {LEAST_HELD_OUT} pairs of different "
-            f"clusters to judge by; got {len(held)} of {len(rows)} usable samples. Raise it, or "
-            "run on more."
+            f"{option}: must leave at least {LEAST_HELD_OUT} pairs of different clusters to judge "
+            f"by; got {len(held)} of {len(rows)} usable samples. Raise it, or run on more."
         )
     texts = [captions[row] for row in rows]
     names = (chosen, np.array([normalise_caption(text) for text in texts], str))

@@ -1,7 +1,7 @@
 """Which students are trained: settings and their controls, seed by seed, losers no longer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from curate import storage
 from curate.ablate.grid import CONTROLS, Decided
 from curate.ablate.pairs import Pairs
-from curate.ablate.students import train_student
+from curate.ablate.students import Mitigation, train_student
 from curate.ablate.verdict import LEAST_SEEDS, is_loser
 from curate.engine.export import Mapper
 from curate.engine.manifest import fingerprint
@@ -41,12 +41,15 @@ class Training:
     weight : (K,) float64
     size : int
         Samples of the whole run that are kept.
+    captions : (M, 2) int64
+        Places, ascending, and places whose captions they may have.
     """
 
     decided: Decided
     places: Array
     weight: Array
     size: int
+    captions: Array
 
 
 @dataclass
@@ -101,10 +104,12 @@ def plan_lines(
                 f"{int(one.keep.sum())} samples, {len(places)} of them outside the held-out "
                 "clusters. Loosen it."
             )
-        weight = one.weight[pairs.rows][places] if weighted else np.ones(len(places))
+        by_weight = weighted if one.setting.weighted is None else one.setting.weighted
+        weight = one.weight[pairs.rows][places] if by_weight else np.ones(len(places))
         if weight.sum() == 0:
             weight = np.ones(len(places))
-        trainings.append(Training(one, places, weight, int(one.keep.sum())))
+        captions = _captions(one, pairs)
+        trainings.append(Training(one, places, weight, int(one.keep.sum()), captions))
     trainings.sort(key=lambda training: -training.size)
     lines = [Line(own.decided.setting.name, "setting", own) for own in trainings]
     if len({_identity(line, pairs, 0) for line in lines}) < 2:
@@ -118,6 +123,31 @@ def plan_lines(
             if len(own.places) < len(trainings[0].places):
                 lines += [Line(f"{k} of {own.decided.setting.name}", k, own) for k in kinds]
     return lines
+
+
+def _captions(decided: Decided, pairs: Pairs) -> Array:
+    """Whose captions a setting's samples may have, as places in the pool: (M, 2) int64.
+
+    Raises
+    ------
+    ConfigError
+        If none may have more than its own.
+    """
+    most = decided.setting.mitigation.captions
+    if most == 1:
+        return np.zeros((0, 2), np.int64)
+    place = np.full(len(decided.keep), -1)
+    place[pairs.rows[pairs.trainable]] = np.flatnonzero(pairs.trainable)
+    known = place[decided.captions]
+    known = known[(known >= 0).all(1)]
+    known = known[np.argsort(known[:, 0], kind="stable")]
+    rank = np.arange(len(known)) - np.searchsorted(known[:, 0], known[:, 0])
+    if not rank.any():
+        raise ConfigError(
+            f"--grid: {decided.setting.name}: mitigation.captions needs samples with the captions "
+            "of dropped duplicates; this run has none. Leave it out."
+        )
+    return known[rank < most]
 
 
 def _members(line: Line, loosest: Training, pairs: Pairs, seed: int) -> tuple[Array, Array]:
@@ -137,10 +167,15 @@ def _members(line: Line, loosest: Training, pairs: Pairs, seed: int) -> tuple[Ar
 def _identity(line: Line, pairs: Pairs, seed: int) -> str:
     """Name what a line's student trains on; equal for lines that keep the same."""
     drawn = seed if line.kind == "random" else 0
-    training = line.training
+    training, mitigation = line.training, _mitigation(line)
     numbers = fingerprint([training.places.tolist(), np.round(training.weight, 6).tolist()])
-    kind = [line.kind, drawn, training.decided.setting.noise * (line.kind == "setting")]
-    return fingerprint([numbers, *kind])
+    captions = training.captions.tolist() if mitigation.captions > 1 else []
+    return fingerprint([numbers, line.kind, drawn, asdict(mitigation), captions])
+
+
+def _mitigation(line: Line) -> Mitigation:
+    """Controls are trained plainly."""
+    return line.training.decided.setting.mitigation if line.kind == "setting" else Mitigation()
 
 
 class Rounds:
@@ -207,10 +242,10 @@ class Rounds:
         places, weight = _members(line, self.settings[0].training, self._pairs, seed)
         chosen = np.zeros(len(places), [("place", "<i8"), ("weight", "<f8")])
         chosen["place"], chosen["weight"] = places, weight
-        noise = line.training.decided.setting.noise if line.kind == "setting" else 0.0
         name = storage.join(self._folder, "sets", task.rsplit("-", 1)[0])
         storage.commit_array(f"{name}.npy", chosen)
-        storage.commit_json(f"{name}.json", {"noise": noise})
+        storage.commit_array(f"{name}-captions.npy", line.training.captions)
+        storage.commit_json(f"{name}.json", asdict(_mitigation(line)))
 
     def _stop_losers(self) -> None:
         """Give up settings that are clearly behind, and their controls with them."""

@@ -21,7 +21,9 @@ __all__ = [
     "Budget",
     "Judged",
     "Labels",
+    "Mitigation",
     "commit_data",
+    "draw_captions",
     "draw_order",
     "measure_cost",
     "train_student",
@@ -49,11 +51,33 @@ class Budget:
     model : str
         One of `MODELS`.
     steps, batch : int
+    retries : int
+        Times that a diverged training is begun again.
     """
 
     model: str
     steps: int
     batch: int
+    retries: int = 2
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """What a student does besides, by the pieces of `curate.mitigation`.
+
+    Parameters
+    ----------
+    noise : float
+        Standard deviation on embeddings, >= 0.
+    captions : int
+        That a sample's is drawn from, its own first and then those of its dropped duplicates.
+    text_mask : float
+        Share of words hidden, [0, 1).
+    """
+
+    noise: float = 0.0
+    captions: int = 1
+    text_mask: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,22 +204,49 @@ def draw_order(places: Array, weight: Array, count: int, seed: int) -> Array:
     return rng.permutation(drawn).astype(np.int64)
 
 
+def draw_captions(order: Array, known: Array, seed: int) -> Array:
+    """Draw whose caption each sample has, evenly among those it may have.
+
+    Parameters
+    ----------
+    order : (T,) int64
+        Places of samples.
+    known : (M, 2) int64
+        Places of samples, ascending, and of those whose captions they may have.
+    seed : int
+
+    Returns
+    -------
+    (T,) int64
+        The sample's own place where nothing is known.
+    """
+    first, stop = (np.searchsorted(known[:, 0], order, side) for side in ("left", "right"))
+    unit = np.random.default_rng((seed, 1)).random(len(order))
+    picked = np.minimum(first + (unit * (stop - first)).astype(np.int64), len(known) - 1)
+    return np.where(stop > first, known[picked, 1], order)
+
+
 def train_student(folder: str, task: str) -> dict[str, float]:
     """Commit how one student does on every held-out pair.
 
     Parameters
     ----------
     folder : str
-        See `commit_data`; `sets/SET.npy` and `sets/SET.json` are what it trains on.
+        See `commit_data`; files of `sets/SET` are what it trains on, and how.
     task : str
         SET-SEED.
     """
     begun = time.monotonic()
     name, seed = task.rsplit("-", 1)
-    chosen = storage.read_array(storage.join(folder, "sets", f"{name}.npy"))
-    noise = storage.read_json(storage.join(folder, "sets", f"{name}.json"))["noise"]
+    given = storage.join(folder, "sets", name)
+    chosen = storage.read_array(f"{given}.npy")
+    mitigation = Mitigation(**storage.read_json(f"{given}.json"))
     budget, _ = _open(folder)
-    outcome = _fit_and_judge(folder, chosen["place"], chosen["weight"], noise, int(seed), budget)
+    order = draw_order(chosen["place"], chosen["weight"], budget.steps * budget.batch, int(seed))
+    spoken = order
+    if mitigation.captions > 1:
+        spoken = draw_captions(order, storage.read_array(f"{given}-captions.npy"), int(seed))
+    outcome = _fit_and_judge(folder, np.stack([order, spoken], 1), mitigation, int(seed), budget)
     outcome["wall_seconds"] = round(time.monotonic() - begun, 3)
     storage.commit_json(storage.join(folder, "students", f"{task}.json"), outcome)
     return {"samples": budget.steps * budget.batch}
@@ -216,20 +267,22 @@ def measure_cost(folder: str, places: Array) -> float:
     seconds = []
     for steps in (few, few, more):  # the first also loads what later ones find loaded
         begun = time.monotonic()
-        budget = Budget(whole.model, steps, whole.batch)
-        _fit_and_judge(folder, places, np.ones(len(places)), 0.0, 0, budget)
+        # Nothing is learnt in so few steps, which is not to be taken for a training that diverged.
+        budget = Budget(whole.model, steps, whole.batch, retries=0)
+        order = draw_order(places, np.ones(len(places)), steps * whole.batch, 0)
+        _fit_and_judge(folder, np.stack([order, order], 1), Mitigation(), 0, budget)
         seconds.append(time.monotonic() - begun)
     per_step = max(0.0, seconds[2] - seconds[1]) / (more - few)
     return seconds[1] + per_step * (whole.steps - few)
 
 
 def _fit_and_judge(
-    folder: str, places: Array, weight: Array, noise: float, seed: int, budget: Budget
+    folder: str, rows: Array, mitigation: Mitigation, seed: int, budget: Budget
 ) -> dict[str, Any]:
+    """Train on (T, 2) rows, whose picture and whose caption, and judge."""
     _, arrays = _open(folder)
-    order = draw_order(places, weight, budget.steps * budget.batch, seed)
     train = _train_heads if budget.model == "heads" else _train_clip
-    image, text, named, losses = train(arrays, order, noise, seed, budget)
+    image, text, named, losses = train(arrays, rows, mitigation, seed, budget)
     captions = arrays["codes"][arrays["held"], 1]
     found: dict[str, Any] = {
         "image_to_text": hits_at(image, text, captions).astype(int).tolist(),
@@ -245,27 +298,23 @@ Judged = tuple[Array, Array, Array | None, list[float]]
 
 
 def _train_clip(
-    arrays: dict[str, Array], order: Array, noise: float, seed: int, budget: Budget
+    arrays: dict[str, Array], rows: Array, mitigation: Mitigation, seed: int, budget: Budget
 ) -> Judged:
     from curate.models.clip_proxy import ClipShape, embed_view, pick_dtype
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device
     from curate.models.train_clip import ClipRecipe, train_clip
 
-    disturb = None
-    if noise:
-        from curate.mitigation import EmbeddingNoise
-
-        disturb = EmbeddingNoise(noise)
     device = pick_device()
-    recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device))
+    recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device), retries=budget.retries)
     shape = ClipShape(len(arrays["words"]), **_SHAPES[budget.model])
     names = ("pixels", "tokens", "codes", "held")
     # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
     pixels, tokens, codes, held = (np.array(arrays[name]) for name in names)
     trained = train_clip(
-        shape, pixels, tokens, codes, recipe, seed, device, rows=order, disturb=disturb
-    )
+        shape, pixels, tokens, codes, recipe, seed, device, rows=rows,
+        disturb=_disturb(mitigation, shape.words),
+    )  # fmt: skip
     with torch_threads(1):
         image, text = embed_view(trained.model, pixels[held], tokens[held], 0, recipe.dtype)
         named = None
@@ -276,8 +325,19 @@ def _train_clip(
     return image, text, named, trained.losses
 
 
+def _disturb(mitigation: Mitigation, words: int) -> Any:
+    from curate.mitigation import EmbeddingNoise, TextMask
+    from curate.models.train_clip import Disturb
+
+    marks = (words + 2, words + 3)  # of the folded vocabulary
+    noise, mask = mitigation.noise, mitigation.text_mask
+    return Disturb(
+        EmbeddingNoise(noise) if noise else None, TextMask(mask, keep=marks) if mask else None
+    )
+
+
 def _train_heads(
-    arrays: dict[str, Array], order: Array, noise: float, seed: int, budget: Budget
+    arrays: dict[str, Array], rows: Array, mitigation: Mitigation, seed: int, budget: Budget
 ) -> Judged:
     from curate.models.proxy import HeadsShape, embed_pairs
     from curate.models.train import Recipe, train_heads
@@ -290,8 +350,8 @@ def _train_heads(
     widths = (image.shape[1], text.shape[1], *(front.shape[1] for _, front in fronts))
     # Every sample as often as it is seen: the closed-form start must weigh it alike.
     trained = train_heads(
-        HeadsShape(*widths), (fronts[0], fronts[1]), (image[order], text[order]), codes[order],
-        Recipe(1, budget.batch), seed,
+        HeadsShape(*widths), (fronts[0], fronts[1]), (image[rows[:, 0]], text[rows[:, 1]]),
+        codes[rows].reshape(len(rows), -1), Recipe(1, budget.batch, retries=budget.retries), seed,
     )  # fmt: skip
     sides = [
         part.astype(np.float32) for part in embed_pairs(trained.heads, image[held], text[held])

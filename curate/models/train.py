@@ -67,6 +67,8 @@ class Recipe:
     weight_decay : float
     noise : float
         Standard deviation of noise on the inputs, relative to their own per direction.
+    retries : int
+        Times that a diverged training is begun again, with another seed.
     """
 
     epochs: int = 6
@@ -74,6 +76,7 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     noise: float = 0.3
+    retries: int = RETRIES
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def train_heads(
     Training
     """
     with torch_threads(1):
-        for attempt in range(RETRIES + 1):
+        for attempt in range(recipe.retries + 1):
             torch.manual_seed(seed + attempt * 1_000_003)
             heads, white = _start(shape, fronts, pairs)
             losses = _fit(heads, white, groups, recipe, observe)

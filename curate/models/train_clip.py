@@ -25,7 +25,6 @@ from curate.models.train import RETRIES, fit_contrastive, has_learned
 __all__ = ["ClipRecipe", "ClipTraining", "Disturb", "augment_pixels", "train_clip"]
 
 Array = np.ndarray[Any, Any]
-Disturb = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 #: Least side of a random crop, as a share of the picture's.
 _LEAST_CROP = 0.75
@@ -51,6 +50,8 @@ class ClipRecipe:
     weight_decay : float
     dtype : str
         "float32" or "bfloat16".
+    retries : int
+        Times that a diverged training is begun again, with another seed.
     """
 
     epochs: int = 30
@@ -58,6 +59,23 @@ class ClipRecipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     dtype: str = "bfloat16"
+    retries: int = RETRIES
+
+
+@dataclass(frozen=True)
+class Disturb:
+    """What is done to a step besides.
+
+    Parameters
+    ----------
+    vectors : callable, optional
+        Changes the unit vectors before their loss, by side: "image" and "text".
+    tokens : callable, optional
+        Changes (B, CONTEXT) int64 before the text tower sees them.
+    """
+
+    vectors: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    tokens: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +125,10 @@ def train_clip(
     recipe : ClipRecipe
     seed : int
     device : str
-    rows : (T,) int64, optional
-        What an epoch goes through, in this order, instead of all samples in one drawn anew.
-    disturb : callable, optional
-        Changes the unit vectors of a step before their loss, by side: "image" and "text".
+    rows : (T,) or (T, 2) int64, optional
+        What an epoch goes through, in this order, instead of all samples in one drawn anew: whose
+        picture, and in a second column whose caption. Then the groups of both count.
+    disturb : Disturb, optional
 
     Returns
     -------
@@ -119,8 +137,9 @@ def train_clip(
     """
     pixels = pixels if pixels.ndim == 5 else pixels[None]
     tokens = tokens if tokens.ndim == 3 else tokens[None]
+    disturb = disturb or Disturb()
     with torch_threads(1):
-        for attempt in range(RETRIES + 1):
+        for attempt in range(recipe.retries + 1):
             torch.manual_seed(seed + attempt * 1_000_003)
             model = build_clip(shape).to(device)
             losses = _fit(model, pixels, tokens, groups, recipe, rows, disturb)
@@ -140,9 +159,14 @@ def _fit(
     groups: Array,
     recipe: ClipRecipe,
     rows: Array | None,
-    disturb: Disturb | None,
+    disturb: Disturb,
 ) -> list[float]:
     """Train in place on (I, N, 3, S, S) and (T, N, CONTEXT); see `fit_contrastive`."""
+    # Of pairs, a step is told the places; of samples, which they are.
+    pairs = None if rows is None or rows.ndim == 1 else rows
+    if pairs is not None:
+        groups = groups[pairs].reshape(len(pairs), -1)
+        rows = np.arange(len(pairs))
     device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -150,12 +174,15 @@ def _fit(
 
     def loss_of(taken: Tensor, alike: Tensor) -> Tensor:
         chosen = taken.numpy()
-        pictures, captions = (np.concatenate(part[:, chosen]) for part in (pixels, tokens))
+        whose = (chosen, chosen) if pairs is None else pairs[chosen].T
+        both = zip((pixels, tokens), whose, strict=True)
+        pictures, captions = (np.concatenate(part[:, own]) for part, own in both)
         seen = augment_pixels(torch.from_numpy(pictures)).to(device)
         words = _drop_tokens(torch.from_numpy(captions)).to(device)
+        words = words if disturb.tokens is None else disturb.tokens(words)
         sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
-        if disturb is not None:
-            changed = disturb({"image": sides[0], "text": sides[1]})
+        if disturb.vectors is not None:
+            changed = disturb.vectors({"image": sides[0], "text": sides[1]})
             sides = changed["image"], changed["text"]
         _limit_scale(model)
         measure, scale = GroupedClipLoss(alike.to(device)), model.logit_scale.exp()

@@ -45,11 +45,12 @@ def tell_recommendation(report: dict[str, Any]) -> list[str]:
     """Return the recommended options, and how sure they are, a sentence each."""
     found = report["recommended"]
     options = found["options"] or "(as the run is)"
+    lines = [f"Recommended: {options}"]
+    if found["training"]:
+        lines.append(f"While training: {found['training']}, by curate.load and curate.mitigation.")
     if not found["is_better"]:
-        return [
-            f"Recommended: {options}",
-            "No setting is better than the loosest beyond noise: it is recommended.",
-        ]
+        told = "No setting is better than the loosest beyond noise: it is recommended."
+        return [*lines, told]
     gain, share = found["gain"], found["share_dropped"]
     low, high = (gain["mean"] + sign * SPAN * gain["stderr"] for sign in (-1, 1))
     told = (
@@ -61,7 +62,7 @@ def tell_recommendation(report: dict[str, Any]) -> list[str]:
         told += "; no looser setting comes within one standard error of it."
     else:
         told += f"; it is the loosest within one standard error of the best, {best}."
-    lines = [f"Recommended: {options}", told]
+    lines.append(told)
     for kind, one in found["versus"].items():
         verb = "is better than" if one["mean"] > SPAN * one["stderr"] else (
             "is worse than" if one["mean"] < -SPAN * one["stderr"] else "cannot be told from"

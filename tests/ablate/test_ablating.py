@@ -1,6 +1,7 @@
 """`curate ablate` on a written run: what it finds, what it refuses, and what a kill costs."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 
 from curate.ablate import rounds as rounds_module
 from curate.ablate.ablating import Request, ablate, describe_cost
-from curate.ablate.grid import decide_all, open_select, propose, read_grid
+from curate.ablate.grid import Setting, decide_all, open_select, propose, read_grid
+from curate.ablate.labels import read_uids
 from curate.ablate.pairs import choose_pairs
-from curate.ablate.students import draw_order
+from curate.ablate.rounds import plan_lines
+from curate.ablate.students import draw_captions, draw_order
 from curate.engine.finished import read_finished
 from curate.errors import ConfigError, InputError, OutputError
-from curate.report.ablate_words import describe_ablation
+from curate.report.ablate_words import describe_ablation, tell_recommendation
 from tests.ablate.finished import COUNT, FIRST_COPY, SWAPPED, uid_of, write_run
 from tests.exports import Here, Silent
 from tests.support import curate, list_tree, only_error
@@ -43,9 +46,15 @@ class Local(Here):
                 raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("written"))
+
+
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "out")
+def out(written: Path, tmp_path: Path) -> Path:
+    """A run of the test's own."""
+    return shutil.copytree(written, tmp_path / "out")
 
 
 def grid(tmp_path: Path, text: str = GRID) -> str:
@@ -86,14 +95,17 @@ def test_captions_that_are_wrong_are_dropped(out: Path, tmp_path: Path) -> None:
     assert all("/students/" in name for name in left)
 
 
-def test_a_kill_costs_one_student_and_changes_nothing(out: Path, tmp_path: Path) -> None:
+def test_a_kill_costs_one_student_and_changes_nothing(
+    written: Path, out: Path, tmp_path: Path
+) -> None:
     asked = request(out, grid(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         ablate(asked, Local(most=3), Silent())
     rest = Local()
     report = ablate(asked, rest, Silent())
     assert len(rest.trained) == report["plan"]["students"] - 3
-    whole = ablate(request(write_run(tmp_path / "other"), asked.grid), Local(), Silent())
+    other = shutil.copytree(written, tmp_path / "other")
+    whole = ablate(request(other, asked.grid), Local(), Silent())
     assert report["lines"] == whole["lines"]
     idle = Local()
     again = ablate(asked, idle, Silent())
@@ -111,15 +123,15 @@ def test_a_plan_is_all_that_was_asked_for(out: Path, tmp_path: Path) -> None:
     assert not [name for name in list_tree(out) if name.startswith("ablate/")]
 
 
-def test_the_command_gives_the_same_on_any_workers(out: Path, tmp_path: Path) -> None:
+def test_the_command_gives_the_same_on_any_workers(
+    written: Path, out: Path, tmp_path: Path
+) -> None:
     options = ["--grid", grid(tmp_path), "--model", "heads", "--seeds", "2", "--epochs", "1",
                "--held-out", "0.2", "--no-controls"]  # fmt: skip
     done = curate("ablate", out, *options, "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
-    here = ablate(
-        request(write_run(tmp_path / "b"), options[1], epochs=1.0, controls=False),
-        Local(), Silent(),
-    )  # fmt: skip
+    other = shutil.copytree(written, tmp_path / "other")
+    here = ablate(request(other, options[1], epochs=1.0, controls=False), Local(), Silent())
     assert json.loads(done.stdout)["lines"] == here["lines"]
 
 
@@ -127,15 +139,21 @@ def test_small_clips_learn_from_thumbnails_and_know_classes(out: Path, tmp_path:
     labels = tmp_path / "labels.csv"
     rows = [f"{uid_of(number)},{('even', 'odd')[number // 2 % 2]}" for number in range(COUNT)]
     labels.write_text("\n".join(["uid,label", *rows]))
-    text = GRID + "- {select.max_mismatch_rate: 0.04, mitigation.noise: 0.1}\n"
+    changes = (
+        "",
+        ", mitigation.noise: 0.1",
+        ", mitigation.text_mask: 0.5",
+        ", load.weighted: true",
+    )
+    text = "".join(f"- {{mitigation.captions: 2{change}}}\n" for change in changes)
     asked = request(
-        out, grid(tmp_path, text), model="small", epochs=0.5, labels=str(labels), controls=False
+        out, grid(tmp_path, text), model="small", epochs=0.2, labels=str(labels), controls=False
     )
     report = ablate(asked, Local(), Silent())
     assert all(0 <= row["figures"]["zero_shot"]["mean"] <= 1 for row in report["lines"])
-    plain, noisy = report["lines"][1:]
-    assert plain["trained_on"] == noisy["trained_on"]
-    assert plain["figures"] != noisy["figures"]
+    rows = report["lines"]
+    assert len({row["trained_on"] for row in rows}) == 1
+    assert len({json.dumps(row["figures"]) for row in rows}) == len(rows)
 
 
 def test_the_default_grid_drops_from_nothing_to_two_fifths(out: Path) -> None:
@@ -167,6 +185,59 @@ def test_held_out_clusters_are_not_trained_on(out: Path) -> None:
     assert 790 < len(smaller) <= 800
 
 
+def test_named_pairs_judge_and_nothing_of_their_clusters_is_trained_on(
+    out: Path, tmp_path: Path
+) -> None:
+    named = [uid_of(number) for number in (*range(150), *range(FIRST_COPY, FIRST_COPY + 80, 2))]
+    path = tmp_path / "judges.csv"
+    path.write_text("\n".join(["uid", *named, "of-no-sample"]))
+    room = open_select(str(out), read_finished(str(out)))
+    pairs = choose_pairs(room, 0.2, 800, 0, read_uids(str(path)))
+    assert {pairs.uids[place] for place in pairs.held} == set(named)
+    clusters = pairs.codes[:, 0]
+    assert not set(clusters[pairs.held]) & set(clusters[pairs.trainable])
+    assert (~pairs.trainable).sum() == len(named) + 40  # with the copies of some
+    assert len(pairs) <= 800
+    path.write_text("\n".join(["uid", *named[:99]]))
+    with pytest.raises(InputError, match="--held-out-list: must leave at least 100 pairs"):
+        choose_pairs(room, 0.2, 800, 0, read_uids(str(path)))
+
+
+def test_captions_are_drawn_from_those_of_dropped_copies(out: Path, tmp_path: Path) -> None:
+    text = "- {mitigation.captions: 2}\n- {}\n- {load.weighted: true}\n"
+    room = open_select(str(out), read_finished(str(out)))
+    pairs = choose_pairs(room, 0.2, 20_000, 0)
+    decided = decide_all(room, read_grid(grid(tmp_path, text)))
+    lines = plan_lines(decided, pairs, False, False)
+    known = next(line.training.captions for line in lines if "captions" in line.name)
+    assert (pairs.codes[known[:, 0], 0] == pairs.codes[known[:, 1], 0]).all()
+    samples, counts = np.unique(known[:, 0], return_counts=True)
+    assert set(samples) == set(lines[0].training.places)
+    assert set(counts) == {1, 2}
+    twice = samples[counts == 2]
+    drawn = draw_captions(np.repeat(twice, 200), known, 0).reshape(-1, 200)
+    assert (drawn == twice[:, None]).mean() == pytest.approx(0.5, abs=0.01)
+    assert (draw_captions(samples[counts == 1], known, 0) == samples[counts == 1]).all()
+    report = ablate(request(out, grid(tmp_path, text), controls=False), Local(), Silent())
+    assert len({row["trained_on"] for row in report["lines"]}) == 1
+    assert len({row["figures"]["all"]["mean"] for row in report["lines"]}) == 3
+
+
+def test_what_is_done_in_training_is_told_apart() -> None:
+    values = {"select.max_mismatch_rate": 0.04, "mitigation.noise": 0.1, "load.weighted": True}
+    setting = Setting(values)
+    assert setting.options == "--set select.max_mismatch_rate=0.04"
+    assert setting.training == "mitigation.noise=0.1 load.weighted=true"
+    found = {
+        "options": setting.options, "training": setting.training, "is_better": False,
+    }  # fmt: skip
+    told = tell_recommendation({"recommended": found})
+    assert told[1] == (
+        "While training: mitigation.noise=0.1 load.weighted=true, by curate.load and "
+        "curate.mitigation."
+    )
+
+
 def test_a_student_sees_samples_as_often_as_they_weigh() -> None:
     order = draw_order(np.array([3, 5, 9]), np.array([1.0, 2.0, 0.0]), 300, 4)
     counts = {place: int((order == place).sum()) for place in (3, 5, 9)}
@@ -188,6 +259,10 @@ def test_a_student_sees_samples_as_often_as_they_weigh() -> None:
         ("- {select.min_caption_chars: 999}\n- {}\n", "must keep something to train on"),
         ("a: 1\n", "must be a list of settings"),
         ("- {mitigation.noise: 0.1}\n- {}\n", "knows no mitigation.noise"),
+        ("- {mitigation.text_mask: 0.1}\n- {}\n", "knows no mitigation.text_mask"),
+        ("- {mitigation.captions: 2.5}\n- {}\n", "captions must be a whole number in [1, 100]"),
+        ("- {load.weighted: 1}\n- {}\n", "load.weighted must be true or false"),
+        ("- {dedup.min_cosine: 1, mitigation.captions: 2}\n- {}\n", "this run has none"),
     ],
 )
 def test_grids_that_compare_nothing(out: Path, tmp_path: Path, text: str, told: str) -> None:
@@ -210,6 +285,7 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
         (request(out, good, labels=str(tmp_path / "no.csv")), InputError, "none there"),
         (request(out, good, labels=str(labels)), InputError, "must have the column label"),
         (request(out, good, labels=str(few)), InputError, "at least two classes"),
+        (request(out, good, held_out_list=str(tmp_path / "no.csv")), InputError, "none there"),
         (request(write_run(tmp_path / "t", thumbnail=False), good), InputError, "thumbnail"),
         (request(write_run(tmp_path / "s", mismatch_probability=False), None), ConfigError,
          "no probabilities of mismatch"),

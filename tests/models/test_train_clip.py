@@ -10,7 +10,7 @@ from curate.models import train_clip as module
 from curate.models.clip_proxy import CONTEXT, ClipShape, embed_views, load_clip
 from curate.models.encoders import torch_threads
 from curate.models.train import RETRIES
-from curate.models.train_clip import ClipRecipe, ClipTraining, train_clip
+from curate.models.train_clip import ClipRecipe, ClipTraining, Disturb, train_clip
 from curate.models.weights import dump_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +72,42 @@ def test_training_repeats_itself_whatever_the_threads() -> None:
     assert dump_weights(first.model) != dump_weights(other.model)
 
 
+def test_a_picture_may_be_seen_with_the_caption_of_another() -> None:
+    pixels, tokens, groups = _squares(24)
+    rng, recipe = np.random.default_rng(0), ClipRecipe(1, 16, dtype="float32")
+    rows = rng.integers(0, 24, (48, 2))
+    found = train_clip(SHAPE, pixels, tokens, groups, recipe, 0, "cpu", rows=rows)
+    # The same as pairs written out, which are alike if either picture or caption is.
+    own, spoken = rows.T
+    kinds = np.hstack([groups[own], groups[spoken]])
+    written = train_clip(
+        SHAPE, pixels[own], tokens[spoken], kinds, recipe, 0, "cpu", rows=np.arange(48)
+    )
+    assert dump_weights(found.model) == dump_weights(written.model)
+    plain, twice = (
+        train_clip(SHAPE, pixels, tokens, groups, recipe, 0, "cpu", rows=given)
+        for given in (own, np.stack([own, own], 1))
+    )
+    assert dump_weights(plain.model) == dump_weights(twice.model)
+    assert dump_weights(plain.model) != dump_weights(found.model)
+
+
+def test_tokens_and_vectors_of_a_step_can_be_changed() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def hide(tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(tokens.shape))
+        return tokens
+
+    def spread(sides: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(tuple(sides["text"].shape))
+        return sides
+
+    recipe = ClipRecipe(1, 16, dtype="float32")
+    train_clip(SHAPE, *_squares(64), recipe, 0, "cpu", disturb=Disturb(spread, hide))
+    assert seen[:8] == [(16, CONTEXT), (16, 32)] * 4
+
+
 def test_coloured_squares_are_learned() -> None:
     training = _trained()
     assert len(training.losses) == 15
@@ -95,6 +131,7 @@ def test_a_training_that_diverges_is_begun_again_and_leaves_finite_weights(rate:
     training = _train(24, learning_rate=rate)
     assert training.diverged
     assert training.retries == RETRIES
+    assert _train(24, learning_rate=rate, retries=0).retries == 0
     assert all(map(math.isfinite, training.losses))
     pixels, tokens, _ = _squares(5)
     again = load_clip(dump_weights(training.model), SHAPE, "cpu")
