@@ -7,6 +7,7 @@ those with copies as a share of those without in the same round.
 """
 
 import json
+import logging
 import shutil
 import statistics
 import time
@@ -86,6 +87,7 @@ def main(
     folder: Path, tars: int, samples: int, image_bytes: int, rounds: int, rate_mb: float
 ) -> None:
     """Measure in FOLDER, which must not exist and is removed at the end."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     paths = write_tars(folder / "in", tars, samples, image_bytes)
     found: dict[str, list[Any]] = {name: [] for name in _SPOOL_GB}
     with (
