@@ -44,6 +44,30 @@ class Here:
             yield task, function(*arguments, task)
 
 
+class InProcess(Here):
+    """Takes the place of worker processes where these are not what is tested."""
+
+    count = threads = 1
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def warm(self, *arguments: object) -> None:
+        pass
+
+    def everywhere(self, *arguments: object) -> None:
+        pass
+
+    def describe_dashboard(self) -> str:
+        return "none"
+
+
 class Silent:
     """Progress that nobody watches, but for what was done."""
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from curate.cli import main
 from curate.errors import InputError
-from curate.formats import FORMATS
+from curate.formats import FORMATS, list_sources
 from tests.formats.vectors import datacomp_uids, draw_vectors, write_datacomp
 from tests.support import (
     TIMEOUT_SECONDS,
@@ -268,6 +268,19 @@ def test_wrong_layout_by_name(tmp_path: Path) -> None:
     arguments = ("run", "dedup", "--input", tmp_path / "in", "--output", tmp_path / "out")
     line = refuse(*arguments, "--set", "ingest.format=parquet")
     assert "Leave ingest.format at auto" in line
+
+
+def test_images_in_a_table_and_beside_it(tmp_path: Path) -> None:
+    """Neither is left out in silence."""
+    (tmp_path / "in/more").mkdir(parents=True)
+    (one, text), (other, _) = clean_pairs(2)
+    pq.write_table(pa.table({"image": [one], "caption": [text]}), tmp_path / "in/0.parquet")
+    (tmp_path / "in/more/1.jpg").write_bytes(other)
+    line = refuse_input(tmp_path, tmp_path / "in")
+    assert "of one layout; found folder and parquet (0.parquet holds images" in line
+    for layout, name in (("parquet", "0.parquet"), ("folder", "more/")):
+        found, sources = list_sources((str(tmp_path / "in"),), str(tmp_path / "in"), layout)
+        assert (found, [source.name for source in sources]) == (layout, [name])
 
 
 def test_parquet_without_images(tmp_path: Path) -> None:

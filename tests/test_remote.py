@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 
 import curate as package
 from curate import storage
-from curate.cli import main
 from curate.engine import export as exports
 from curate.engine import runner
 from curate.stages.ingest_spool import open_spool
-from tests.exports import Here, Silent
+from tests.exports import Here, InProcess, Silent
 from tests.servers import Server, use_s3
 from tests.support import (
     assert_equal_decisions,
     assert_sound,
+    call,
     curate,
     only_error,
     succeed,
@@ -49,37 +48,6 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(storage.read_bytes(storage.join(url, name)))
         return folder
-
-
-def call(*arguments: object, exit_code: int = 0) -> str:
-    """Run the command in this process; return what it prints, or the line it ends with."""
-    result = CliRunner().invoke(main, [str(one) for one in arguments])
-    assert result.exit_code == exit_code, result.output
-    return only_error(result.stderr) if exit_code else result.stdout
-
-
-class InProcess(Here):
-    """Takes the place of worker processes where these are not what is tested."""
-
-    count = threads = 1
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def warm(self, *arguments: object) -> None:
-        pass
-
-    def everywhere(self, *arguments: object) -> None:
-        pass
-
-    def describe_dashboard(self) -> str:
-        return "none"
 
 
 @pytest.fixture(scope="module")

@@ -233,6 +233,12 @@ def list_sources(
             chosen = "datacomp"
         elif chosen == "parquet" and parquet.names_images(files):
             chosen = "folder"
+        elif chosen == "folder" and (held := parquet.find_images(files)) is not None:
+            raise InputError(
+                f"{where}: must be of one layout; found folder and parquet ({held} holds images, "
+                "and there are files of others). Choose with --set ingest.format=folder, or move "
+                "one of the two."
+            )
     if is_http(storage.filesystem(root)[0]) and chosen not in _OF_SINGLE_FILES:
         raise InputError(
             f"{where}: must be on a disk or an object store, as layout {chosen} is told from the "

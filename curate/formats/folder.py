@@ -79,7 +79,7 @@ def group(files: list[File]) -> list[Source]:
             content = tuple(held) if table is None else (*held, table)
             sources.append(Source(shown, url, "folder", size, beside, content))
     if tables and not sources:
-        shown = ", ".join(list(next(read_records(tables[0].url), {}))[:12]) or "no columns"
+        shown = ", ".join(list(next(read_records(tables[0].url), {}))[:12]) or "no rows"
         raise InputError(
             f"{tables[0].url}: must have a column that names images ({', '.join(PATH_NAMES)}), or "
             f"one of URLs (url); found {shown}. Rename the column, or name that of URLs with "

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -149,32 +150,43 @@ def join_table(
     Returns
     -------
     list of Row
-        Samples that only the table has, in order of key: failed ones, and those that a truncated
-        tar has lost.
+        Samples that only the table has, in order of key: failed ones, those that a truncated tar
+        has lost, and those whose key an earlier one has (`duplicate_key`).
     """
     images = sum(row.size_bytes is not None for row in rows)
     records = _read_companion(source, counts)
-    check_stats(source, images, len(records) if records else None, counts)
+    check_stats(source, images, sum(map(len, records.values())) or None, counts)
 
     captions = (caption_column,) if caption_column else index.CAPTION_NAMES
     if not records:
         return []
     if not any(name.endswith(STATS) for name in source.companions):
         counts["incomplete_shards"] = 1
+    ordinals: Counter[str] = Counter()
     for row in rows:
-        record = records.pop(row.key, None) if row.ordinal == 0 else None
-        if record is None:
+        ordinals[row.key] += 1
+        if not records.get(row.key):
             continue
+        record = records[row.key].pop(0)
         row.own_uid = row.own_uid or index.find_uid(record, uid_column)
         row.metadata = row.metadata or _record_metadata(record)
         if row.caption is None:
             row.caption, reason = index.find_caption(record, captions)
             if row.ingest_reason == "caption_missing":
                 row.ingest_reason = reason
-    return [_lost_row(key, records[key], uid_column, captions) for key in sorted(records)]
+    lost = []
+    for key in sorted(records):
+        for record in records[key]:
+            row = _lost_row(key, record, uid_column, captions)
+            row.ordinal = ordinals[key]
+            ordinals[key] += 1
+            if row.ordinal:
+                row.ingest_reason = index.first_reason(row.ingest_reason, "duplicate_key")
+            lost.append(row)
+    return lost
 
 
-def _read_companion(source: Source, counts: dict[str, float]) -> dict[str, dict[str, Any]]:
+def _read_companion(source: Source, counts: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
     """Return the records of the table beside the tar by key; the rows come in any order."""
     name = next((name for name in source.companions if name.endswith(".parquet")), None)
     if name is None:
@@ -190,7 +202,10 @@ def _read_companion(source: Source, counts: dict[str, float]) -> dict[str, dict[
         counts["unreadable_tables"] = 1
         _log.warning("%s: the table beside it cannot be read: %s", source.name, error)
         return {}
-    return {index.clean_text(str(record["key"])): record for record in reversed(records)}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(index.clean_text(str(record["key"])), []).append(record)
+    return found
 
 
 def _record_metadata(record: dict[str, Any]) -> str | None:

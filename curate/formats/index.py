@@ -32,6 +32,7 @@ __all__ = [
     "find_name",
     "find_uid",
     "first_reason",
+    "first_text",
     "image_suffix",
     "number_repeats",
     "parse_json",
@@ -158,9 +159,19 @@ def clean_caption(raw: bytes | str | None) -> tuple[str | None, str | None]:
 
 
 def find_caption(fields: dict[str, Any], names: Iterable[str]) -> tuple[str | None, str | None]:
-    """Return caption and reason, as `clean_caption` does, of the first field that holds text."""
-    found = (fields[name] for name in names if isinstance(fields.get(name), str))
-    return clean_caption(next(found, None))
+    """Return caption and reason, as `clean_caption` does, of the first field that holds text.
+
+    Of a list that is the first text that is not blank.
+    """
+    found = (first_text(fields[name]) for name in names if isinstance(fields.get(name), str | list))
+    return clean_caption(next((one for one in found if one is not None), None))
+
+
+def first_text(value: Any) -> str | None:
+    """Return text as it is, and of a list the first that is not blank; None of anything else."""
+    if isinstance(value, list):
+        return next((one for one in value if isinstance(one, str) and one.strip()), None)
+    return value if isinstance(value, str) else None
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:
@@ -180,13 +191,13 @@ def encode_metadata(fields: dict[str, Any], without: Iterable[str] = ()) -> str 
     fields : dict
         Values of JSON or Arrow types; bytes are left out.
     without : iterable of str
-        Names that have a column of their own.
+        Names that have a column of their own, which takes neither lists nor objects whole.
     """
     omitted = set(without)
     kept = {
         name: value
         for name, value in fields.items()
-        if name not in omitted and not isinstance(value, bytes)
+        if (name not in omitted or isinstance(value, list | dict)) and not isinstance(value, bytes)
     }
     if not kept:
         return None

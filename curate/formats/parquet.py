@@ -28,6 +28,7 @@ __all__ = [
     "PATH_NAMES",
     "Roles",
     "count_elsewhere",
+    "find_images",
     "find_path_column",
     "find_roles",
     "group",
@@ -104,6 +105,17 @@ def holds_images(schema: pa.Schema) -> bool:
     return _find_image(schema) is not None
 
 
+def find_images(files: list[File]) -> str | None:
+    """Return the name of the first Parquet file that holds images, other than img2dataset's."""
+    names = {file.name for file in files}
+    for file in files:
+        stem, suffix = split_suffix(file.name)
+        is_own = suffix == "parquet" and stem + STATS not in names
+        if is_own and holds_images(read_schema(file.url, file.name)):
+            return file.name
+    return None
+
+
 def names_images(files: list[File]) -> bool:
     """Tell whether Parquet files name images instead of holding them, by the first of them."""
     first = next(file for file in files if split_suffix(file.name)[1] == "parquet")
@@ -121,11 +133,12 @@ def read_schema(url: str, name: str) -> pa.Schema:
     Raises
     ------
     InputError
-        If it is not whole.
+        If it is not whole, or two columns have one name.
     SourceChangedError
         If it is gone.
     """
     with _opened(url, name) as parquet:
+        _check_columns(name, parquet.schema_arrow)
         return parquet.schema_arrow
 
 
@@ -143,6 +156,11 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _holds_captions(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return _is_text(kind.value_type if is_list else kind)
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
@@ -190,7 +208,8 @@ def find_roles(
     Raises
     ------
     InputError
-        If there are no images, or there is no column of that name.
+        If there are no images, two columns have one name, there is no column of the name that
+        the user says, or it holds no captions.
     """
     image = _find_image(schema)
     _check_columns(name, schema, uid_column, caption_column)
@@ -201,7 +220,7 @@ def find_roles(
             "column, or name that of URLs with --set download.url_column=NAME."
         )
     others = [field.name for field in schema if field.name != image[0]]
-    captions = [n for n in others if _is_text(schema.field(n).type) or n in index.CAPTION_NAMES]
+    captions = [n for n in others if _holds_captions(schema.field(n).type)]
     caption = caption_column or index.find_name(captions, index.CAPTION_NAMES)
     return Roles(*image, caption, index.find_name(others, index.KEY_NAMES))
 
@@ -320,14 +339,27 @@ def scan_rows(
 
 
 def _check_columns(
-    name: str, schema: pa.Schema, uid_column: str | None, caption_column: str | None
+    name: str,
+    schema: pa.Schema,
+    uid_column: str | None = None,
+    caption_column: str | None = None,
 ) -> None:
+    twice = next((one for one in schema.names if schema.names.count(one) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"{name}: must have columns of different names; found {twice} twice. Rename one."
+        )
     for field, column in (("uid_column", uid_column), ("caption_column", caption_column)):
         if column is not None and column not in schema.names:
             raise InputError(
                 f"{name}: ingest.{field} must be one of {', '.join(schema.names[:12])}; "
                 f"got {column}. Choose one of them, or leave it out."
             )
+    if caption_column is not None and not _holds_captions(schema.field(caption_column).type):
+        raise InputError(
+            f"{name}: ingest.caption_column must be text or lists of text; {caption_column} holds "
+            f"{schema.field(caption_column).type}. Choose another, or leave it out."
+        )
 
 
 def is_plain(kind: pa.DataType) -> bool:
@@ -383,17 +415,12 @@ def make_row(fields: dict[str, Any], number: int, roles: Roles, uid_column: str 
     """Return the row of a sample from its fields; its place and image are for the caller to add."""
     raw = fields.get(roles.caption) if roles.caption else None
     # Of several captions the first: the others stay in the metadata.
-    several = isinstance(raw, list)
-    if isinstance(raw, list):
-        raw = next((one for one in raw if isinstance(one, str) and one.strip()), None)
-    caption, reason = index.clean_caption(raw if isinstance(raw, str) else None)
+    caption, reason = index.clean_caption(index.first_text(raw))
     key = fields.get(roles.key) if roles.key else None
     return Row(
         index.clean_text(str(number if key is None else key)),
         caption=caption,
-        metadata=index.encode_metadata(
-            fields, {"uid", roles.key or "", "" if several else roles.caption or ""}
-        ),
+        metadata=index.encode_metadata(fields, {"uid", roles.key or "", roles.caption or ""}),
         ingest_reason=failure(fields) or reason,
         own_uid=index.find_uid(fields, uid_column),
     )

@@ -178,6 +178,22 @@ def test_errors_name_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [JPEG], "caption": ["c"]}), path)
     with pytest.raises(InputError, match="uid_column must be one of image, caption; got hash"):
         parquet.scan(source_of(path), "hash")
+    twice = pa.Table.from_arrays([pa.array([JPEG]), *[pa.array(["c"])] * 2], ["image", "a", "a"])
+    for read in (lambda: scan(path, twice), lambda: parquet.read_schema(str(path), "0.parquet")):
+        with pytest.raises(InputError, match=r"^0\.parquet: .* different names; found a twice\."):
+            read()
+
+
+def test_what_is_no_text_is_no_caption(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    table = pa.table({"image": [JPEG], "caption": [7], "title": [{"en": "a"}], "text": ["words"]})
+    found = scan(path, table).table
+    assert found["caption"].to_pylist() == ["words"]
+    assert json.loads(found["metadata"][0].as_py()) == {"caption": 7, "title": {"en": "a"}}
+    for column, held in (("caption", "int64"), ("title", "struct<en: string>")):
+        message = f"must be text or lists of text; {column} holds {held}"
+        with pytest.raises(InputError, match=message):
+            parquet.scan(source_of(path), None, column)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>not found</html>"])

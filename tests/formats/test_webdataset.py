@@ -169,16 +169,19 @@ def test_caption_metadata_and_uid_from_json(tmp_path: Path) -> None:
         ("d.jpg", JPEG),
         ("d.txt", b"json is broken"),
         ("d.json", b"[" * 100_000),
+        ("e.jpg", JPEG),
+        ("e.json", b'{"caption": [null, " ", "first", "second"], "text": "not asked"}'),
     ]
     path = make_tar(tmp_path / "0.tar", members)
     rows = rows_of(scan(path))
-    captions = ["from json", "shouted", "text wins", "json is broken"]
+    captions = ["from json", "shouted", "text wins", "json is broken", "first"]
     assert [row["caption"] for row in rows] == captions
-    assert [row["own_uid"] for row in rows] == [uid, None, None, None]
+    assert [row["own_uid"] for row in rows] == [uid, None, None, None, None]
+    assert json.loads(str(rows[4]["metadata"])) == {"caption": [None, " ", "first", "second"]}
     assert json.loads(str(rows[0]["metadata"])) == {"url": "u", "width": 3, "bad": None}
-    assert [row["ingest_reason"] for row in rows] == [None] * 4
+    assert [row["ingest_reason"] for row in rows] == [None] * 5
     named = webdataset.scan(source_of(path), "id").table["own_uid"].to_pylist()
-    assert named == [None, None, "7", None]
+    assert named == [None, None, "7", None, None]
 
 
 def test_repeated_keys_are_rows_of_their_own(tmp_path: Path) -> None:
@@ -321,6 +324,26 @@ def test_table_of_img2dataset_is_joined_by_key(tmp_path: Path) -> None:
     ]
     assert found.counts == {}
     assert json.loads(str(rows_of(found)[3]["metadata"]))["status"] == "failed_to_download"
+
+
+def test_rows_of_one_key_are_all_there(tmp_path: Path) -> None:
+    """The table's second row of a key is that of the tar's second sample, or one without image."""
+    tar = make_tar(tmp_path / "0.tar", [*pair("a"), *pair("b"), *pair("b")])
+    keys = ["b", "a", "b", "a", "c", "c"]
+    status = ["success"] * 3 + ["failed_to_download"] * 2 + ["success"]
+    img2dataset_table(tmp_path / "0.parquet", keys, status=list(status))
+    (tmp_path / "0_stats.json").write_text('{"count": 6, "successes": 3}')
+    found = scan(tar, "0.parquet", "0_stats.json")
+    got = [(r["key"], r["ordinal"], r["own_uid"], r["ingest_reason"]) for r in rows_of(found)]
+    assert got == [
+        ("a", 0, f"{1:032x}", None),
+        ("b", 0, f"{0:032x}", None),
+        ("b", 1, f"{2:032x}", "duplicate_key"),
+        ("a", 1, f"{3:032x}", "duplicate_key"),
+        ("c", 0, f"{4:032x}", "failed_to_download"),
+        ("c", 1, f"{5:032x}", "image_missing"),
+    ]
+    assert found.counts == {}
 
 
 def test_unfinished_shard_and_broken_table_are_counted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from curate.schema import public_columns, select_schema
 from curate.stages.base import Room, Stage, Table
 from curate.stages.ingest import Ingest
 from curate.stages.write import Write
+from tests.servers import use_s3
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff\xe0"
@@ -47,27 +49,39 @@ class Written:
         return [storage.read_table(self.room.path(folder, name)) for name in names]
 
 
-def image_of(key: str) -> bytes:
+def image_of(key: str, least_bytes: int = 10) -> bytes:
     # Sizes differ widely, and every third is a JPEG.
     number = int(key)
-    return (JPEG if number % 3 == 0 else PNG) + bytes([number % 256]) * (10 + 37 * number % 500)
+    size_bytes = least_bytes + 37 * number % 500
+    return (JPEG if number % 3 == 0 else PNG) + bytes([number % 256]) * size_bytes
 
 
-def write_tar(path: Path, keys: list[str]) -> None:
+def write_tar(path: Path, images: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for key in keys:
-            for suffix, content in (("png", image_of(key)), ("txt", f"caption {key}".encode())):
+        for key, image in images.items():
+            for suffix, content in (("png", image), ("txt", f"caption {key}".encode())):
                 header = tarfile.TarInfo(f"{key}.{suffix}")
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
 
 
-def prepare(folder: Path, keep: list[bool], per_shard: int, **fields: Any) -> Written:
-    """Ingest a tar in shards of `per_shard` and lay decisions beside it."""
+def prepare(
+    folder: Path,
+    keep: list[bool],
+    per_shard: int,
+    least_bytes: int = 10,
+    place: Callable[[Path], str] = str,
+    **fields: Any,
+) -> Written:
+    """Ingest a tar in shards of `per_shard` and lay decisions beside it.
+
+    `place` puts the tar where it is read from.
+    """
     keys = [f"{number:04d}" for number in range(len(keep))]
-    write_tar(folder / "in/0.tar", keys)
-    ingest = Ingest(inputs=(str(folder / "in/0.tar"),), shard_samples=per_shard)
+    images = {key: image_of(key, least_bytes) for key in keys}
+    write_tar(folder / "in/0.tar", images)
+    ingest = Ingest(inputs=(place(folder / "in/0.tar"),), shard_samples=per_shard, spool_gb=0)
     stages = (ingest, Facts(), Write(**fields))
     first, facts, last = bind(Pipeline("test", "", stages), str(folder / "out"))
     for step in first.stage.steps():
@@ -82,7 +96,7 @@ def prepare(folder: Path, keep: list[bool], per_shard: int, **fields: Any) -> Wr
             rows.append(
                 {
                     "uid": row["uid"],
-                    "sha256": hashlib.sha256(image_of(row["key"])).hexdigest(),
+                    "sha256": hashlib.sha256(images[row["key"]]).hexdigest(),
                     "width": 40,
                     "keep": kept,
                     "reason": None if kept else "mismatched",
@@ -95,7 +109,6 @@ def prepare(folder: Path, keep: list[bool], per_shard: int, **fields: Any) -> Wr
         names = ["uid", *facts.stage.writes()]
         content = pa.Table.from_pylist(rows, select_schema(names))
         facts.room.commit_shard("facts", shard, content)
-    images = {key: image_of(key) for key in keys}
     return Written(last.room, images, [key for key in keys if keeps[key]])
 
 
@@ -240,3 +253,36 @@ def test_more_images_than_are_held_at_once(tmp_path: Path) -> None:
     (shard,) = done.shards()
     assert shard["key"].to_pylist() == done.kept
     assert shard["image"].to_pylist() == [done.images[key] for key in done.kept]
+
+
+@pytest.mark.parametrize(
+    ("in_a_row", "is_streamed"), [(20, True), (10, False)], ids=["a third", "a fifth"]
+)
+def test_a_remote_source_is_streamed_where_much_of_it_is_kept(
+    tmp_path: Path, in_a_row: int, is_streamed: bool
+) -> None:
+    """Kept in runs with 40 dropped between, 1.7 MB: more than is read over for its own sake."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    keep = [i % (40 + in_a_row) < in_a_row for i in range(400)]
+    with use_s3() as (server, fs):
+
+        def upload(path: Path) -> str:
+            fs.put_file(str(path), "bucket/0.tar")
+            return "s3://bucket/0.tar"
+
+        prepared = prepare(tmp_path, keep, 1000, 40_000, upload)
+        server.gate.seen.clear()
+        server.gate.sent_bytes.clear()
+        (shard,) = run(prepared).shards()
+        requests = server.gate.count("GET", "/bucket/0.tar")
+        sent_bytes = server.gate.sent_bytes["/bucket/0.tar"]
+    assert shard["image"].to_pylist() == [prepared.images[key] for key in prepared.kept]
+    whole, runs = (tmp_path / "in/0.tar").stat().st_size, -(-400 // (40 + in_a_row))
+    kept = sum(len(prepared.images[key]) for key in prepared.kept)
+    if is_streamed:
+        assert requests <= 2 < runs
+        assert 0.85 * whole < sent_bytes < whole
+    else:
+        assert requests == runs
+        assert kept < sent_bytes < 1.1 * kept
