@@ -41,7 +41,7 @@ class Decontaminate(Likeness):
     """Compare every sample with pictures that must not be trained on."""
 
     name: ClassVar[str] = "decontaminate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     inputs: OneOrMore = execution_only(
         (),

@@ -60,7 +60,7 @@ class Dedup(Likeness):
     """Edges between samples of equal bytes or near-equal pictures, and their clusters."""
 
     name: ClassVar[str] = "dedup"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     target_recall: float = Field(
         0.999,

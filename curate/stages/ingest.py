@@ -80,7 +80,7 @@ class Ingest(Stage):
     """Index the input: one row per sample, with what was wrong before any pixel was read."""
 
     name: ClassVar[str] = "ingest"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     inputs: tuple[str, ...] = execution_only(
         (), "Files, folders, patterns and fsspec URLs to read; set by the command line."
