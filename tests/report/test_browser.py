@@ -139,6 +139,11 @@ def test_the_slider_moves_counts_and_samples(browser: Any, page_path: Path) -> N
     after = look()
     assert all(one != other for one, other in zip(before, after, strict=True))
     assert page.locator("#ladder .card").count() > 8
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#rate").input_value() == "1"
+    assert look() != after
+    page.keyboard.press("ArrowLeft")
+    assert look() == after
     page.close()
 
 
@@ -187,10 +192,24 @@ def test_every_control_is_reached_by_keyboard(browser: Any, page_path: Path) -> 
     page = open_page(browser, page_path)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
-    handled = "a, button, input, summary"
-    controls = page.locator(handled)
-    for number in range(controls.count()):
-        assert controls.nth(number).evaluate("node => node.tabIndex") >= 0
+    stop = (
+        "(() => { const n = document.activeElement; const s = getComputedStyle(n);"
+        "n.dataset.reached = '';"
+        "return [n.tagName, s.outlineStyle, parseFloat(s.outlineWidth)]; })()"
+    )
+    for _ in range(1000):
+        tag, style, width = page.evaluate(stop)
+        if tag == "BODY":
+            break
+        assert (style, width >= 2) == ("solid", True), tag
+        page.keyboard.press("Tab")
+    assert tag == "BODY"
+    controls = "a[href], button, input, summary, #setting, #plane, .region[tabindex='0']"
+    missed = (
+        "nodes => nodes.filter(n => n.checkVisibility() && !('reached' in n.dataset))"
+        ".map(n => n.outerHTML)"
+    )
+    assert page.locator(controls).evaluate_all(missed) == []
     page.close()
 
 
