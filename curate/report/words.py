@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from curate.report.page import clean_text
+
 __all__ = ["SPAN", "describe_facts", "describe_repeated", "describe_unlike", "stage_times"]
 
 _ODDITIES = {
@@ -136,6 +138,9 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
         )
     if mismatch and mismatch["unscored"]:
         lines.append(f"Warning: {mismatch['unscored']} samples have no score and were not judged")
+    lines += [
+        f"Warning: {clean_text(line)}" for line in facts.get("report", {}).get("warnings", [])
+    ]
     return lines
 
 

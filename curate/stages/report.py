@@ -25,7 +25,7 @@ class Report(Stage):
     """Draw samples of every reason and show them."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     publishes: ClassVar[tuple[str, ...]] = ("report",)
     reads_further: ClassVar[bool] = True
 
@@ -43,6 +43,10 @@ class Report(Stage):
 
     def steps(self) -> tuple[Step, ...]:
         return (Step("page", _write_page, one_task),)
+
+    def facts(self, room: Room) -> dict[str, Any]:
+        path = storage.join(room.path("report"), "curves.json")
+        return {"warnings": storage.read_json(path)["warnings"]}
 
 
 class RunFacts:
@@ -119,6 +123,8 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
         "threshold": drawn.curve,
         "min_cosine": overview.what_if,
         "histograms": {chart.name: _numbers(chart) for chart in drawn.charts},
+        # Those of earlier stages' facts are told from these facts.
+        "warnings": drawn.warnings,
     }
     files = {
         **read_assets(),
