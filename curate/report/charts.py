@@ -16,6 +16,8 @@ __all__ = [
 #: Drawn for a phone's width, so that the letters are never smaller than the page's.
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
+#: Characters of a number that fit beside the axis.
+_MARK_CHARS = 6
 
 
 def draw_bars(start: int, length: int, total: int, dropped: bool) -> str:
@@ -269,11 +271,15 @@ def _mark_across(marks: Sequence[tuple[float, float]]) -> str:
 
 
 def _mark_up(marks: Sequence[tuple[float, float]], pattern: str) -> str:
-    return "".join(
-        f'<text x="{_LEFT - 6}" y="{_down(place) + 4:.1f}" text-anchor="end">'
-        f"{pattern.format(value)}</text>"
-        for value, place in marks
-    )
+    drawn = []
+    for value, place in marks:
+        text = pattern.format(value)
+        if len(text) > _MARK_CHARS:
+            text = text.replace("0.", ".", 1)  # or the edge would cut off a minus sign
+        drawn.append(
+            f'<text x="{_LEFT - 6}" y="{_down(place) + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    return "".join(drawn)
 
 
 def _frame(title: str, told: str, drawn: str, legend: str = "") -> str:

@@ -187,3 +187,11 @@ def test_samples_name_those_they_are_like() -> None:
     assert "picture" not in copy
     assert kept["scores"] == {"mismatch_probability": 0.25}
     assert kept["merged"] == ["one cat"]
+
+
+def test_numbers_beside_an_axis_keep_their_sign() -> None:
+    drawn = draw_intervals(
+        "Gain", "by share", [("0%", 0.0, 0.0, 0.0), ("5%", -0.0098, 0.01, 0.025)]
+    )
+    assert ">-.0098</text>" in drawn
+    assert ">0.025</text>" in drawn
