@@ -88,7 +88,8 @@ def _render_table(report: dict[str, Any]) -> str:
         for row in report["lines"]
     )
     return (
-        '<section id="settings"><h2>Settings</h2><div class="matrix" tabindex="0"><table><caption>Means over seeds; gains over the '
+        '<section id="settings"><h2>Settings</h2><div class="matrix" tabindex="0">'
+        "<table><caption>Means over seeds; gains over the "
         "loosest setting, with standard errors over pairs and seeds</caption><thead><tr>"
         "<th scope=col>setting or control</th><th scope=col class=number>kept</th>"
         "<th scope=col class=number>dropped</th><th scope=col class=number>seeds</th>"

@@ -111,7 +111,8 @@ def _render_parts(last: dict[str, Any]) -> str:
         for name, samples, one in rows
     )
     return (
-        '<section id="parts"><h2>Parts</h2><div class="matrix" tabindex="0"><table><caption>Means over samples, last checkpoint; '
+        '<section id="parts"><h2>Parts</h2><div class="matrix" tabindex="0">'
+        "<table><caption>Means over samples, last checkpoint; "
         "intervals over clusters</caption><thead><tr><th scope=col>what</th>"
         "<th scope=col class=number>samples</th><th scope=col class=number>mean</th>"
         "<th scope=col class=number>95 %</th><th scope=col class=number>p (signs)</th></tr></thead>"

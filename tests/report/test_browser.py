@@ -189,7 +189,8 @@ def test_every_control_is_reached_by_keyboard(browser: Any, page_path: Path) -> 
     assert page.evaluate("document.activeElement.className") == "skip"
     stop = (
         "(() => { const n = document.activeElement; const s = getComputedStyle(n);"
-        "n.dataset.reached = ''; return [n.tagName, s.outlineStyle, parseFloat(s.outlineWidth)]; })()"
+        "n.dataset.reached = '';"
+        "return [n.tagName, s.outlineStyle, parseFloat(s.outlineWidth)]; })()"
     )
     for _ in range(1000):
         tag, style, width = page.evaluate(stop)

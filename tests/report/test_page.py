@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from curate.report.charts import draw_intervals
 from curate.report.page import (
     Chart,
     Gallery,
@@ -17,6 +18,7 @@ from curate.report.page import (
     render_data,
     render_page,
 )
+from curate.report.words import describe_facts
 
 HOSTILE = {
     "script": "</script><script>alert(1)</script>",
@@ -195,3 +197,8 @@ def test_numbers_beside_an_axis_keep_their_sign() -> None:
     )
     assert ">-.0098</text>" in drawn
     assert ">0.025</text>" in drawn
+
+
+def test_what_the_report_warns_of_is_told_at_the_end_of_a_run() -> None:
+    facts = {"report": {"warnings": ["5.0% of captions are one and the same: “a\x1b[2J”"]}}
+    assert describe_facts(facts, {}) == ["Warning: 5.0% of captions are one and the same: “a␛[2J”"]
