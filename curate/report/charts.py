@@ -17,7 +17,7 @@ __all__ = [
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
 #: Characters of a number that fit beside the axis.
-_MARK_CHARS = 6
+_MARK_CHARS = 5
 
 
 def draw_bars(start: int, length: int, total: int, dropped: bool) -> str:
@@ -38,6 +38,7 @@ def draw_histogram(
     kept: Sequence[int],
     dropped: Sequence[int],
     words: tuple[str, str] = ("kept", "dropped"),
+    is_log: bool = False,
 ) -> str:
     """Return shares of the kept as an area and of the dropped as a line above the same bins.
 
@@ -48,14 +49,20 @@ def draw_histogram(
     kept, dropped : sequence of int
     words : (str, str)
         What the two are called.
+    is_log : bool
+        Whether the bins are equal parts of the logarithm.
     """
     shares = [[count / max(sum(side), 1) for count in side] for side in (kept, dropped)]
     top = max((max(side) for side in shares), default=0) or 1
     step = (_WIDTH - _LEFT - _RIGHT) / max(len(kept), 1)
     bars, line = [], []
+
+    def at(share: float) -> float:
+        return low * (high / low) ** share if is_log else low + (high - low) * share
+
     for number, (own, other) in enumerate(zip(*shares, strict=True)):
         x, y = _LEFT + number * step, _down(own / top)
-        first, last = (low + (high - low) * (number + one) / len(kept) for one in (0, 1))
+        first, last = (at((number + one) / len(kept)) for one in (0, 1))
         counts = f"{kept[number]:,} {words[0]}, {dropped[number]:,} {words[1]}"
         told = f"{first:.3g} to {last:.3g}: {counts}"
         bars.append(
@@ -69,10 +76,11 @@ def draw_histogram(
         bars.append(f'<polyline class="line dropped" points="{" ".join(line)}"/>')
     # No more digits than the width of a bar allows: next to 1, 2e-5 is 0.
     digits = 2 - math.floor(math.log10(high - low)) if high > low else 2
-    ends = [round(value, digits) for value in (low, (low + high) / 2, high)]
+    ends = [at(share) if is_log else round(at(share), digits) for share in (0, 0.5, 1)]
     marks = _mark_across(list(zip(ends, (0.0, 0.5, 1.0), strict=True)))
     marks += _mark_up([(0, 0), (top, 1)], "{:.0%}")
     told = f"{sum(kept):,} {words[0]} and {sum(dropped):,} {words[1]} samples have one"
+    told += ", logarithmic axis" if is_log else ""
     return _frame(name, told, "".join(bars) + marks)
 
 
@@ -82,6 +90,7 @@ def draw_lines(
     xs: Sequence[float],
     lines: Sequence[tuple[str, str, Sequence[float | None]]],
     current: float | None,
+    is_movable: bool = True,
 ) -> str:
     """Return shares against rates on a logarithmic axis, with a mark that the page moves.
 
@@ -93,11 +102,14 @@ def draw_lines(
         `kind` names the line's style; None in values leaves a gap.
     current : float or None
         Where the run stands.
+    is_movable : bool
+        Whether there is a slider, which moves a mark.
     """
     low, high = math.log(xs[0]), math.log(xs[-1])
     spots = [_right((math.log(x) - low) / ((high - low) or 1)) for x in xs]
     known = [value for _, _, values in lines for value in values if value is not None]
-    top = 1.0 if len(lines) > 1 else (max(known, default=0) * 1.05 or 1.0)
+    most = max(known, default=0) * 1.05 or 1.0
+    top = 1.0 if len(lines) > 1 and most > 0.5 else most
     parts, legend = [], []
     for label, kind, values in lines:
         pairs = [(x, v) for x, v in zip(spots, values, strict=True) if v is not None]
@@ -114,11 +126,12 @@ def draw_lines(
             f'<line class="now" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_down(0)}"/>'
             f'<text class="now" x="{x:.1f}" y="{_TOP - 3}" text-anchor="{anchor}">this run</text>'
         )
-    stops = " ".join(f"{x:.1f}" for x in spots)
-    parts.append(
-        f'<line class="mark" data-stops="{stops}" x1="{spots[-1]:.1f}" x2="{spots[-1]:.1f}" '
-        f'y1="{_TOP}" y2="{_down(0)}"/>'
-    )
+    if is_movable:
+        stops = " ".join(f"{x:.1f}" for x in spots)
+        parts.append(
+            f'<line class="mark" data-stops="{stops}" x1="{spots[-1]:.1f}" x2="{spots[-1]:.1f}" '
+            f'y1="{_TOP}" y2="{_down(0)}"/>'
+        )
     middle = math.exp((low + high) / 2)
     marks = _mark_across([(xs[0], 0.0), (middle, 0.5), (xs[-1], 1.0)])
     marks += _mark_up([(0, 0), (top / 2, 0.5), (top, 1)], _percents(top))

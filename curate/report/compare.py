@@ -12,13 +12,14 @@ __all__ = ["Comparison", "Pair", "render_comparison"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Histograms of one score in both runs, over equal parts of [low, high]."""
+    """Histograms of one score in both runs, over equal parts of [low, high] or of its logarithm."""
 
     name: str
     low: float
     high: float
     this: list[int]
     other: list[int]
+    is_log: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,18 @@ def _break(name: str) -> str:
 
 def _render_curves(found: Comparison) -> str:
     words = ("of this run", "of the other")
-    parts = [draw_histogram(p.name, p.low, p.high, p.this, p.other, words) for p in found.pairs]
+    parts = [
+        draw_histogram(p.name, p.low, p.high, p.this, p.other, words, p.is_log) for p in found.pairs
+    ]
     if found.rates:
         for title, (this, other) in (
             ("Share kept", found.kept),
             ("Expected share of mismatched captions among the kept", found.expected),
         ):
             lines = [("this run", "a", this), ("the other run", "b", other)]
-            parts.append(draw_lines(title, "select.max_mismatch_rate", found.rates, lines, None))
+            parts.append(
+                draw_lines(title, "select.max_mismatch_rate", found.rates, lines, None, False)
+            )
     if not parts:
         parts.append("<p>The runs have no numeric score in common.</p>")
     return (

@@ -68,13 +68,14 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Chart:
-    """Histogram of a score: counts of kept and dropped in equal parts of [low, high]."""
+    """Histogram of a score: kept and dropped in equal parts of [low, high] or of its logarithm."""
 
     name: str
     low: float
     high: float
     kept: list[int]
     dropped: list[int]
+    is_log: bool = False
 
 
 @dataclass(frozen=True)
@@ -436,7 +437,9 @@ def _render_threshold(curve: dict[str, Any] | None, overview: Overview) -> str:
 def _render_curves(
     charts: Sequence[Chart], overview: Overview, density: dict[str, Any] | None
 ) -> str:
-    parts = [draw_histogram(c.name, c.low, c.high, c.kept, c.dropped) for c in charts]
+    parts = [
+        draw_histogram(c.name, c.low, c.high, c.kept, c.dropped, is_log=c.is_log) for c in charts
+    ]
     if len(overview.what_if) > 1:
         bound = ", upper bounds" if overview.what_if_bound else ""
         parts.append(draw_steps(f"Kept against dedup.min_cosine{bound}", overview.what_if))

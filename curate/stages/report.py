@@ -146,7 +146,13 @@ def write_report(room: Room, run: RunFacts, target: str) -> int:
 
 
 def _numbers(chart: Chart) -> dict[str, Any]:
-    return {"low": chart.low, "high": chart.high, "kept": chart.kept, "dropped": chart.dropped}
+    return {
+        "low": chart.low,
+        "high": chart.high,
+        "axis": "log" if chart.is_log else "linear",
+        "kept": chart.kept,
+        "dropped": chart.dropped,
+    }
 
 
 def write_pictures(thumbnails: dict[str, bytes], target: str) -> dict[str, str]:

@@ -20,6 +20,8 @@ from curate.stages.base import Room
 from curate.stages.report import RunFacts, read_thumbnails, write_pictures
 from curate.stages.report_curves import (
     BINS,
+    LOGARITHMIC,
+    bar_range,
     choose_rates,
     count_bins,
     join_judged,
@@ -249,13 +251,14 @@ def _pairs(this: Side, other: Side) -> Iterator[Pair]:
             if not np.isnan(values).all():
                 low[name] = min(low[name], float(np.nanmin(values)))
                 high[name] = max(high[name], float(np.nanmax(values)))
-    bins = {name: np.zeros((2, BINS), np.int64) for name in names if low[name] <= high[name]}
+    ranges = {n: bar_range(n, low[n], high[n]) for n in names if low[n] <= high[n]}
+    bins = {name: np.zeros((2, BINS), np.int64) for name in ranges}
     for place, side in enumerate((this, other)):
         for table in side.read(names):
             for name, counted in bins.items():
-                counted[place] += count_bins(numbers(table, name), low[name], high[name])
-    for name, (own, others) in bins.items():
-        yield Pair(name, low[name], high[name], own.tolist(), others.tolist())
+                counted[place] += count_bins(name, numbers(table, name), *ranges[name])
+    for name, counted in bins.items():
+        yield Pair(name, *ranges[name], *counted.tolist(), is_log=name in LOGARITHMIC)
 
 
 def _holds_numbers(name: str, *sides: Side) -> bool:

@@ -13,8 +13,10 @@ from curate.stages.select import mismatch_limit
 
 __all__ = [
     "BINS",
+    "LOGARITHMIC",
     "Array",
     "Judged",
+    "bar_range",
     "choose_rates",
     "column",
     "count_bins",
@@ -30,6 +32,10 @@ Array = np.ndarray[Any, Any]
 
 #: Bars of a histogram: what a phone's width still shows apart.
 BINS = 32
+#: Scores whose small values matter, on a logarithmic axis that begins here at the least.
+LOGARITHMIC = {"mismatch_probability": 1e-6}
+#: Least width of a histogram on an axis that is not.
+_LEAST_SPAN = 0.01
 #: Stops of the slider.
 _RATES = 48
 #: The strictest stop keeps about this share: below it nobody curates.
@@ -254,15 +260,32 @@ def _mean(values: Array, digits: int = 4) -> float | None:
     return round(float(values.mean()), digits) if len(values) else None
 
 
-def count_bins(values: Array, low: float, high: float) -> Array:
-    """(BINS,) int64: how many of `values` fall into each of equal parts of [low, high].
+def bar_range(name: str, low: float, high: float) -> tuple[float, float]:
+    """Return the range of a score's histogram, given its least and largest value."""
+    least = LOGARITHMIC.get(name)
+    if least is None:
+        # Values that hardly differ are one bar, not a comb of rounding errors.
+        return min(low, high - _LEAST_SPAN), high
+    low = max(low, least)
+    return low, max(high, 10 * low)
+
+
+def count_bins(name: str, values: Array, low: float, high: float) -> Array:
+    """(BINS,) int64: how many of a score's values fall into each bar of [low, high].
+
+    Bars are equally wide, of logarithms where the score is in `LOGARITHMIC`.
 
     Parameters
     ----------
+    name : str
     values : (N,) float64
-        NaN is left out.
+        NaN is left out; what is beyond the range stands in the bar at its end.
+    low, high : float
+        As from `bar_range`.
     """
     found = values[~np.isnan(values)]
+    if name in LOGARITHMIC:
+        found, low, high = np.log(np.maximum(found, low)), math.log(low), math.log(high)
     width = (high - low) / BINS or 1.0
     places = np.clip(((found - low) / width).astype(np.int64), 0, BINS - 1)
     return np.bincount(places, minlength=BINS)

@@ -16,7 +16,9 @@ from curate.stages.remove import REMOVALS
 from curate.stages.report_captions import Captions
 from curate.stages.report_curves import (
     BINS,
+    LOGARITHMIC,
     Judged,
+    bar_range,
     choose_rates,
     column,
     count_bins,
@@ -58,8 +60,6 @@ _CLUSTER_MEMBERS = 8
 _CLUSTER_KEPT = 3
 #: Samples along the slider: at 8 a side, one in ten is new with every stop.
 _LADDER = 160
-#: Least width of a histogram.
-_LEAST_SPAN = 0.01
 #: Rows held for curves and for the search of repeated captions.
 _ROWS_HELD = 500_000
 
@@ -261,10 +261,7 @@ def draw(room: Room, count: int, seed: int, facts: dict[str, Any], rate: float |
         rates = choose_rates(judged.probability, rate)
         curve = trade_off(judged, first.limit, rates, _phantoms(room))
         ladder = _climb(judged, curve)
-    # Values that hardly differ are one bar, not a comb of rounding errors.
-    first.ranges = {
-        n: (min(low, high - _LEAST_SPAN), high) for n, (low, high) in first.ranges.items()
-    }
+    first.ranges = {n: bar_range(n, *ends) for n, ends in first.ranges.items()}
     found = _second_pass(first, ladder)
     galleries, rows = _hang(first, found)
     rows.update({uid: found.rows[uid] for uid in ladder if uid not in rows})
@@ -342,7 +339,7 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
         kept = table["keep"].to_numpy()
         for name, (low, high) in first.ranges.items():
             values = numbers(table, name)
-            bins[name] += [count_bins(values[side], low, high) for side in (kept, ~kept)]
+            bins[name] += [count_bins(name, values[side], low, high) for side in (kept, ~kept)]
         hits = table.filter(pc.is_in(table["uid"], value_set=names))
         rows.update({row["uid"]: row for row in hits.to_pylist()})
         _gather_members(table, ranks, kept, clusters)
@@ -350,7 +347,7 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
         if density is not None:
             density.add(table, ranks, kept)
     charts = [
-        Chart(name, *first.ranges[name], bins[name][0].tolist(), bins[name][1].tolist())
+        Chart(name, *first.ranges[name], *bins[name].tolist(), is_log=name in LOGARITHMIC)
         for name in first.scores
         if name in bins
     ]

@@ -139,6 +139,11 @@ def test_the_slider_moves_counts_and_samples(browser: Any, page_path: Path) -> N
     after = look()
     assert all(one != other for one, other in zip(before, after, strict=True))
     assert page.locator("#ladder .card").count() > 8
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#rate").input_value() == "1"
+    assert look() != after
+    page.keyboard.press("ArrowLeft")
+    assert look() == after
     page.close()
 
 

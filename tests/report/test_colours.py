@@ -78,6 +78,18 @@ def test_colours_of_one_chart_are_told_apart(group: str, seen: str, scheme: str)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_clusters_stand_out_from_the_paper(scheme: str) -> None:
+    # Eight colours repeat and need not be told apart: which samples are copies of each other is
+    # shown beside the map, where pointing at a dot shows its picture. All must be seen, though.
+    style = (resources.files("curate.report") / "report.css").read_text("utf-8")
+    clusters = re.findall(r"svg \.cluster-\d \{ fill: #(\w+)", style)
+    assert len(clusters) == 8
+    paper = palette(scheme)["card"]
+    for colour, view in itertools.product(clusters, SEEN.values()):
+        assert np.linalg.norm(lab(view @ linear(colour)) - lab(view @ linear(paper))) >= 2 * APART
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(scheme: str) -> None:
     colours = palette(scheme)
     for text, paper in itertools.product(

@@ -5,9 +5,10 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
 
-from curate.report.charts import draw_intervals
+from curate.report.charts import draw_histogram, draw_intervals
 from curate.report.page import (
     Chart,
     Gallery,
@@ -19,6 +20,7 @@ from curate.report.page import (
     render_page,
 )
 from curate.report.words import describe_facts
+from curate.stages.report_curves import BINS, bar_range, count_bins
 
 HOSTILE = {
     "script": "</script><script>alert(1)</script>",
@@ -202,3 +204,16 @@ def test_numbers_beside_an_axis_keep_their_sign() -> None:
 def test_what_the_report_warns_of_is_told_at_the_end_of_a_run() -> None:
     facts = {"report": {"warnings": ["5.0% of captions are one and the same: “a\x1b[2J”"]}}
     assert describe_facts(facts, {}) == ["Warning: 5.0% of captions are one and the same: “a␛[2J”"]
+
+
+def test_small_probabilities_stand_on_a_logarithmic_axis() -> None:
+    name = "mismatch_probability"
+    low, high = bar_range(name, 0.0, 1.0)
+    values = np.array([0.0, 1e-5, 1e-3, 0.1, 1.0, np.nan])
+    counts = count_bins(name, values, low, high)
+    assert counts.tolist() == [int(place in (0, 5, 16, 26, 31)) for place in range(BINS)]
+    none = [0] * BINS
+    drawn = draw_histogram(name, low, high, counts.tolist(), none, is_log=True)
+    assert "logarithmic axis" in drawn
+    for told in (">1e-06<", ">0.001<", ">1<", "1e-06 to 1.54e-06: 1 kept, 0 dropped"):
+        assert told in drawn
