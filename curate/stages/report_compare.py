@@ -258,7 +258,8 @@ def _pairs(this: Side, other: Side) -> Iterator[Pair]:
             for name, counted in bins.items():
                 counted[place] += count_bins(name, numbers(table, name), *ranges[name])
     for name, counted in bins.items():
-        yield Pair(name, *ranges[name], *counted.tolist(), is_log=name in LOGARITHMIC)
+        mine, theirs = counted.tolist()
+        yield Pair(name, *ranges[name], mine, theirs, is_log=name in LOGARITHMIC)
 
 
 def _holds_numbers(name: str, *sides: Side) -> bool:

@@ -347,9 +347,10 @@ def _second_pass(first: _Pass, ladder: list[str]) -> _Found:
         if density is not None:
             density.add(table, ranks, kept)
     charts = [
-        Chart(name, *first.ranges[name], *bins[name].tolist(), is_log=name in LOGARITHMIC)
+        Chart(name, *first.ranges[name], kept_bins, dropped_bins, is_log=name in LOGARITHMIC)
         for name in first.scores
         if name in bins
+        for kept_bins, dropped_bins in [bins[name].tolist()]
     ]
     return _Found(rows, clusters, charts, density)
 
