@@ -141,7 +141,7 @@ def draw_lines(
 def _percents(top: float) -> str:
     """Format that tells half of `top` from nothing, in the room beside an axis."""
     if 0 < top < 1e-4:
-        return "{:.0e}"
+        return "{:.1g}"
     digits = 0 if top > 0.05 or top <= 0 else max(2, math.ceil(-math.log10(top)) - 1)
     return f"{{:.{digits}%}}"
 
