@@ -57,7 +57,7 @@ def test_what_is_put_down_is_found(tmp_path: Path, run_rows: int) -> None:
     assert lookup.sort_runs(iter(batches), str(tmp_path), "0", run_rows) == 1000
     runs = lookup.Runs.open(str(tmp_path), "0")
     assert len(runs.keys) == {3: 143, 10: 72, 10_000: 1}[run_rows]
-    assert isinstance(runs.keys[0], np.memmap)
+    assert isinstance(runs.keys[0].base, np.memmap)
     wanted = lookup.digest(["http://x/5", "http://y", "http://x/999"], "url", "here")
     assert runs.holds(wanted).tolist() == [True, False, True]
     assert runs.holds(keys).all()
