@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_kill_of_all_processes_at_random_moments(calm: Calm, tmp_path: Path) -> 
     calm.assert_equalled_by(out)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let children be interrupted: of a shell's background jobs, they inherit that they cannot."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_says_how_to_resume(calm: Calm, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(
