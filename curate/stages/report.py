@@ -61,7 +61,7 @@ class RunFacts:
     """
 
     def __init__(self, facts: dict[str, Any], tables: dict[str, Any]) -> None:
-        self.facts = facts
+        self.facts = {name: told for name, told in facts.items() if name != "report"}
         self.tables = {name: table for name, table in tables.items() if name != "report"}
 
     @classmethod
