@@ -299,7 +299,7 @@ def walk(
         if reached[node] >= 0:
             representative[row], cosine[row] = reached[node], nearness[node]
             continue
-        if kinds is not None and kinds[row] >= 0:
+        if kinds is not None and limited[row]:
             places[int(kinds[row])] += 1
             if places[int(kinds[row])] > quota:
                 continue
@@ -325,7 +325,7 @@ class _SpotMembers:
         self._order = np.argsort(rows, kind="stable")
         self._bounds = np.searchsorted(rows[self._order], np.arange(count + 1))
         self.some = np.diff(self._bounds) > 0
-        # For whom a row was compared last: large spots overlap, by dozens.
+        # For whom a row was compared last: spots of confirmed pairs overlap, by dozens.
         self._asked = np.full(count, -1, np.int64)
 
     def around(self, row: int) -> Iterator[tuple[Array, Array]]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from curate.report.words import describe_repeated, describe_unlike
 from curate.stages.report_curves import Array, column, numbers
-from curate.stages.report_map import unit_vectors
+from curate.stages.score_inputs import unit
 from curate.stages.select_table import fold_caption
 
 __all__ = ["Captions"]
@@ -97,7 +97,7 @@ class Captions:
         known = [vectors[uid] for uid in drawn if uid in vectors]
         if len(known) < _LEAST_DRAWN:
             return []
-        random = unit_vectors(np.stack(known))
+        random = unit(np.stack(known))
         alike = np.quantile((random @ random.T)[np.triu_indices(len(random), 1)], _ALIKE)
         found = []
         for folded, held in (self._chosen or {}).items():
@@ -105,8 +105,8 @@ class Captions:
             number = len(known)
             if number < _LEAST:
                 continue
-            unit = unit_vectors(np.stack(known))
-            mean = (np.square(unit.sum(axis=0)).sum() - number) / (number * (number - 1))
+            together = unit(np.stack(known)).sum(axis=0)
+            mean = (np.square(together).sum() - number) / (number * (number - 1))
             if mean < alike:
                 found.append(folded)
         return found

@@ -8,8 +8,9 @@ import pyarrow.compute as pc
 
 from curate import storage
 from curate.stages.base import Room
+from curate.stages.score_inputs import unit
 
-__all__ = ["MAPPED", "draw_map", "project", "read_vectors", "unit_vectors"]
+__all__ = ["MAPPED", "draw_map", "project", "read_vectors"]
 
 Array = np.ndarray[Any, Any]
 
@@ -57,14 +58,6 @@ def draw_map(vectors: dict[str, Array], uids: list[str]) -> dict[str, Any] | Non
     return {"points": points, "trust": trust}
 
 
-def unit_vectors(vectors: Array) -> Array:
-    """Return (N, D) as float32 of unit norm; zeros stay zeros."""
-    rows = vectors.astype(np.float32)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: Array = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return unit
-
-
 def project(vectors: Array) -> tuple[Array, float | None]:
     """Lay vectors on a plane by t-SNE, begun from their principal components.
 
@@ -90,16 +83,16 @@ def project(vectors: Array) -> tuple[Array, float | None]:
     from sklearn.manifold import TSNE, trustworthiness
     from threadpoolctl import threadpool_limits
 
-    unit = unit_vectors(vectors)
-    if not np.ptp(unit, axis=0).any():
-        return np.full((len(unit), 2), 0.5), None
-    perplexity = min(_PERPLEXITY, (len(unit) - 1) / 3)
+    rows = unit(vectors)
+    if not np.ptp(rows, axis=0).any():
+        return np.full((len(rows), 2), 0.5), None
+    perplexity = min(_PERPLEXITY, (len(rows) - 1) / 3)
     # Sums of several threads end in other digits each time, which a thousand steps enlarge.
     with threadpool_limits(1):
         method = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1)
-        places = method.fit_transform(unit).astype(np.float64)
+        places = method.fit_transform(rows).astype(np.float64)
         trust = None
-        if len(unit) > 2 * _ASKED + 1:
-            trust = round(float(trustworthiness(unit, places, n_neighbors=_ASKED)), 3)
+        if len(rows) > 2 * _ASKED + 1:
+            trust = round(float(trustworthiness(rows, places, n_neighbors=_ASKED)), 3)
     low, high = places.min(axis=0), places.max(axis=0)
     return np.round((places - low) / np.where(high > low, high - low, 1.0), 4), trust
