@@ -1,10 +1,11 @@
 """Judge scores by eye: contact sheets of a run's unplanted pairs, and what judges said of them.
 
 `python -m benchmarks.labels sheets OUT TRUTH FOLDER` draws pairs of a finished run on a corpus
-without planted faults, in strata of `mismatch_probability`, and lays them out without any score, in
-random order. Each judge gives every number on the sheets one of `LABELS`, as lines "number,label".
-`python -m benchmarks.labels merge FOLDER JUDGE1 JUDGE2 LABELS.csv` keeps both judgements beside the
-picture's source. `python -m benchmarks.labels judge OUT TRUTH LABELS.csv` prints one JSON line.
+without planted faults, in strata of `mismatch_probability` or `--even`, and lays them out without
+any score, in random order. Each judge gives every number on the sheets one of `LABELS`, as lines
+"number,label". `python -m benchmarks.labels merge FOLDER JUDGE1 JUDGE2 LABELS.csv` keeps both
+judgements beside the picture's source. `python -m benchmarks.labels judge OUT TRUTH LABELS.csv`
+prints one JSON line.
 
 `right`: the caption names what is shown, or a good part of it. `loose`: it has to do with the
 picture, but does not name it. `uninformative`: it says nothing about this picture that would not
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
 
+from benchmarks.parts import find_titles
 from curate.memorization.folds import hash_unit
 
 __all__ = ["LABELS", "rank_quality", "read_judged"]
@@ -37,6 +39,9 @@ LABELS = ("right", "loose", "uninformative", "wrong")
 
 #: Ranks by mismatch probability, from the top, at which strata end, and pairs drawn of each.
 _STRATA = ((200, 200), (600, 0.2), (1600, 0.2), (None, 0.4))
+
+#: `select.min_caption_information` as README names it.
+_LEAST_INFORMATION = 0.3
 
 #: Samples of the bootstrap.
 _BOOTSTRAPS = 500
@@ -49,7 +54,8 @@ _TEXT_WIDTH, _TEXT_LINES = 40, 7
 
 def read_judged(out: Path, truth: Path) -> pa.Table:
     """Return pairs that no rule but mismatch drops, with source, scores and thumbnail."""
-    columns = ["uid", "key", "caption", "reason", "mismatch_probability", "caption_information"]
+    columns = ["uid", "key", "caption", "reason", "cluster_id"]
+    columns += ["mismatch_probability", "caption_information"]
     decisions = pq.read_table(out / "decisions", columns=columns)
     reasons = decisions["reason"].to_pylist()
     usable = [reason in (None, "mismatched") for reason in reasons]
@@ -87,6 +93,36 @@ def draw_strata(probability: Array, sources: list[str], count: int, seed: int) -
         chosen = rows[np.argsort(drawn[rows], kind="stable")[:wanted]]
         stands_for[chosen] = len(rows) / max(len(chosen), 1)
         first = end or len(order)
+    return stands_for
+
+
+def draw_titles(table: pa.Table, count: int, seed: int) -> Array:
+    """Choose pairs evenly among those whose captions say something, one of each title.
+
+    A series of pictures under one wrong title is one cause: drawn by rank it fills the sample.
+
+    Parameters
+    ----------
+    table : pyarrow.Table of N rows
+        See `read_judged`.
+    count : int
+    seed : int
+
+    Returns
+    -------
+    (N,) float64
+        How many such titles each chosen pair stands for; 0 for the others.
+    """
+    sources, captions = table["source"].to_pylist(), table["caption"].to_pylist()
+    titles = [title.lower() for title in find_titles(captions, table["cluster_id"].to_pylist())]
+    information = table["caption_information"].to_numpy()
+    first: dict[str, int] = {}
+    for row in np.argsort(hash_unit(sources, seed, "titles"), kind="stable"):
+        if information[row] >= _LEAST_INFORMATION:
+            first.setdefault(titles[row], int(row))
+    stands_for = np.zeros(len(table))
+    chosen = list(first.values())[:count]
+    stands_for[chosen] = len(first) / max(len(chosen), 1)
     return stands_for
 
 
@@ -128,12 +164,18 @@ def main() -> None:
 @click.option("--count", default=400, show_default=True, help="Pairs beside the top 200.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--known", type=click.Path(exists=True, path_type=Path), help="Labels to leave out.")
-def sheets(out: Path, truth: Path, folder: Path, count: int, seed: int, known: Path | None) -> None:
+@click.option("--even", is_flag=True, help="One pair a title, evenly from what says something.")
+def sheets(
+    out: Path, truth: Path, folder: Path, count: int, seed: int, known: Path | None, even: bool
+) -> None:
     """Draw pairs and lay them out in FOLDER."""
     table = read_judged(out, truth)
     sources = table["source"].to_pylist()
-    probability = table["mismatch_probability"].to_numpy()
-    stands_for = draw_strata(probability, sources, count, seed)
+    if even:
+        stands_for = draw_titles(table, count, seed)
+    else:
+        probability = table["mismatch_probability"].to_numpy()
+        stands_for = draw_strata(probability, sources, count, seed)
     if known:
         judged = {row["source"] for row in _read_csv(known)}
         stands_for[[source in judged for source in sources]] = 0

@@ -16,8 +16,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.mismatch import calibration_error
+from benchmarks.parts import split_parts
 from benchmarks.planting import CLEAN
-from benchmarks.titles import by_title, split_parts
+from benchmarks.titles import by_title
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, read_corpus, run_score
 from curate.memorization.mismatch import normalise_caption
 from curate.stages.score import Score

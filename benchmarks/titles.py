@@ -10,8 +10,6 @@ that a single judge saw has no second label.
 
 import csv
 import json
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,51 +18,15 @@ import click
 import numpy as np
 
 from benchmarks.labels import rank_quality, read_judged
+from benchmarks.parts import find_titles
 from benchmarks.trial import Corpus, embed_captions, read_corpus, run_score
 from curate.stages.score import Score
 
-__all__ = ["by_title", "find_titles", "split_parts"]
+__all__ = ["by_title"]
 
 Array = np.ndarray[Any, Any]
 
-#: Marks that end a part; a full stop or a dash inside a word does not.
-_MARKS = re.compile(r"[.;:,|]+(?=\s|$)|\s[-–—/|]\s|[()\n]")
-
-#: A part that more of the clusters have names a collection or its author, not a picture.
-_COMMON = 0.05
-
 _TOP = 100
-
-
-def split_parts(caption: str) -> list[str]:
-    """Split at punctuation into title, sentences, tags: at least one part."""
-    parts = [part for piece in _MARKS.split(caption) if (part := " ".join(piece.split()))]
-    return parts or [caption]
-
-
-def find_titles(captions: Sequence[str], clusters: Sequence[str]) -> list[str]:
-    """Find the first part of each caption that is no collection's name.
-
-    Parameters
-    ----------
-    captions : sequence of str, length N
-    clusters : sequence of str, length N
-        A part is common if it occurs in many of them.
-
-    Returns
-    -------
-    list of str, length N
-        The very first part where all are common.
-    """
-    split = [split_parts(caption) for caption in captions]
-    holders = defaultdict(set)
-    for parts, cluster in zip(split, clusters, strict=True):
-        for part in parts:
-            holders[part.lower()].add(cluster)
-    limit = _COMMON * len(set(clusters))
-    return [
-        next((p for p in parts if len(holders[p.lower()]) <= limit), parts[0]) for parts in split
-    ]
 
 
 def by_title(corpus: Corpus) -> Corpus:

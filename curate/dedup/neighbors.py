@@ -1,5 +1,7 @@
 """Search among unit vectors by cosine: FAISS trains and assigns cells, torch multiplies.
 
+On a GPU torch does all of it.
+
 Vectors come as stored (float16). A cosine is that of the stored rows, normalised again in float32,
 so a threshold means the same at any storage precision. Products in bfloat16, six times as fast as
 float32 where the processor has units for them, only sort out what cannot reach it.
@@ -30,8 +32,13 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _KMEANS_ROUNDS = 10
-#: Rows per product: 1024 x 4096 bfloat16 stay in the second cache while they are looked through.
-_QUERY_ROWS, _BASE_ROWS = 1024, 4096
+#: Rows per product, by device. On a CPU 1024 x 4096 bfloat16 stay in the second cache while they
+#: are looked through; a GPU has a hundred times the cores to keep busy, and memory for the places
+#: of all if all are near.
+_QUERY_ROWS = {"cpu": 1024, "cuda": 4096}
+_BASE_ROWS = {"cpu": 4096, "cuda": 16384}
+#: Cosines of vectors with centroids that a GPU holds at once: 1 GB.
+_MOST_COSINES = 1 << 28
 #: Pairs whose cosines are computed at once: 16 k of 1280 float32 are 160 MB for both sides.
 _EXACT_PAIRS = 16384
 #: Share of a block's pairs that pass the screen above which the whole block is multiplied in
@@ -67,7 +74,7 @@ def row_digests(vectors: Array) -> Array:
 
 
 def train_centroids(sample: Array, cells: int, seed: int, threads: int = 1) -> Array:
-    """Spherical k-means.
+    """Spherical k-means, on a GPU where there is one.
 
     Parameters
     ----------
@@ -80,7 +87,10 @@ def train_centroids(sample: Array, cells: int, seed: int, threads: int = 1) -> A
     Returns
     -------
     (cells, D) float32, unit norm
+        Other ones on a GPU, as sums are taken in another order.
     """
+    if _device() == "cuda":
+        return _train_on_gpu(sample, cells, seed)
     faiss.omp_set_num_threads(threads)
     clustering = faiss.Kmeans(
         sample.shape[1],
@@ -93,6 +103,27 @@ def train_centroids(sample: Array, cells: int, seed: int, threads: int = 1) -> A
     )
     clustering.train(np.ascontiguousarray(sample, dtype=np.float32))
     return np.asarray(clustering.centroids, dtype=np.float32)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _train_on_gpu(sample: Array, cells: int, seed: int) -> Array:
+    """Lloyd's rounds; FAISS's GPU part needs a CUDA of its own beside torch's."""
+    rows = torch.from_numpy(np.require(sample, np.float32, ["C", "W"])).cuda()
+    first = np.random.default_rng(seed).permutation(len(sample))[:cells]
+    centroids = rows[torch.from_numpy(first).cuda()]
+    size = max(1, _MOST_COSINES // cells)
+    for _ in range(_KMEANS_ROUNDS):
+        home = torch.cat([(part @ centroids.T).argmax(1) for part in torch.split(rows, size)])
+        order, counts = home.argsort(stable=True), torch.bincount(home, minlength=cells)
+        # Not by atomic additions, whose order differs from run to run.
+        sums = torch.segment_reduce(rows[order], "sum", lengths=counts)
+        norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        # A cell that nothing is nearest to stays where it is.
+        centroids = torch.where(norms > 0, sums / norms, centroids)
+    return centroids.cpu().numpy()
 
 
 def assign_cells(
@@ -117,10 +148,26 @@ def assign_cells(
         with as little work.
     """
     most = min(most, len(centroids))
-    faiss.omp_set_num_threads(threads)
-    cosines, cells = faiss.knn(vectors, centroids, most, metric=faiss.METRIC_INNER_PRODUCT)
+    if _device() == "cuda":
+        cosines, cells = _nearest_on_gpu(vectors, centroids, most)
+    else:
+        faiss.omp_set_num_threads(threads)
+        cosines, cells = faiss.knn(vectors, centroids, most, metric=faiss.METRIC_INNER_PRODUCT)
     detours = np.arange(most) * (cosines[:, :1] - cosines)
     return cells.T.astype(np.int32), np.ascontiguousarray(detours.T, np.float16)
+
+
+def _nearest_on_gpu(vectors: Array, centroids: Array, most: int) -> tuple[Array, Array]:
+    """Cosines and numbers of the nearest centroids, (N, most) each, nearest first."""
+    columns = torch.from_numpy(centroids).cuda().T
+    cosines = np.empty((len(vectors), most), np.float32)
+    cells = np.empty((len(vectors), most), np.int64)
+    size = max(1, _MOST_COSINES // len(centroids))
+    for start in range(0, len(vectors), size):
+        part = slice(start, start + size)
+        found = (torch.from_numpy(vectors[part]).cuda() @ columns).topk(most)
+        cosines[part], cells[part] = found.values.cpu().numpy(), found.indices.cpu().numpy()
+    return cosines, cells
 
 
 @dataclass(frozen=True)
@@ -141,12 +188,13 @@ class Rows:
     @classmethod
     def of(cls, vectors: Array) -> "Rows":
         """Prepare (N, D) floating vectors."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _device()
         kind = torch.bfloat16 if device == "cuda" else _fastest_type()
         screen = torch.empty(vectors.shape, dtype=kind, device=device)
-        for start in range(0, len(vectors), _BASE_ROWS):
-            part = slice(start, start + _BASE_ROWS)
-            screen[part] = torch.from_numpy(unit_rows(vectors[part]))
+        size = _BASE_ROWS[device]
+        for start in range(0, len(vectors), size):
+            part = slice(start, start + size)
+            screen[part] = _unit_on(device, vectors[part])
         return cls(vectors, screen)
 
     def __len__(self) -> int:
@@ -156,6 +204,16 @@ class Rows:
         """Return some rows, in the order asked for."""
         places = torch.from_numpy(np.asarray(rows, np.int64)).to(self.screen.device)
         return Rows(self.stored[rows], self.screen[places])
+
+
+def _unit_on(device: str, vectors: Array) -> torch.Tensor:
+    """Rows as `unit_rows` has them, but for the last digits."""
+    if device == "cpu":
+        return torch.from_numpy(unit_rows(vectors))
+    # As stored, half as much has to be moved.
+    rows = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(device).float()
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(norms > 0, rows / norms, 0.0)
 
 
 @cache
@@ -213,7 +271,7 @@ def pairs_within(
     cosines : (E,) float32
     """
     left, right, cosines = [], [], []
-    for start in range(0, len(queries), _QUERY_ROWS):
+    for start in range(0, len(queries), _QUERY_ROWS[queries.screen.device.type]):
         found = _block_pairs(queries, base, start, min_cosine)
         if most is not None:
             found = nearest_pairs(*found, most)
@@ -228,14 +286,16 @@ def pairs_within(
 def _block_pairs(
     queries: Rows, base: Rows, start: int, min_cosine: float
 ) -> tuple[Array, Array, Array]:
-    block = queries.screen[start : start + _QUERY_ROWS]
+    device = queries.screen.device.type
+    high, wide = _QUERY_ROWS[device], _BASE_ROWS[device]
+    block = queries.screen[start : start + high]
     left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     values = [np.zeros(0, np.float32)]
-    for other in range(0, len(base), _BASE_ROWS):
-        products = block @ base.screen[other : other + _BASE_ROWS].T
+    for other in range(0, len(base), wide):
+        products = block @ base.screen[other : other + wide].T
         rows, columns = _places(products >= min_cosine - _SLACK[block.dtype])
-        own = queries.stored[start : start + _QUERY_ROWS]
-        theirs = base.stored[other : other + _BASE_ROWS]
+        own = queries.stored[start : start + high]
+        theirs = base.stored[other : other + wide]
         if len(rows) > _DENSE_SHARE * len(own) * len(theirs):
             own, theirs = _single(own), _single(theirs)
             rows, columns = _screen_again(own, theirs, block.device, min_cosine)
@@ -249,7 +309,10 @@ def _block_pairs(
 
 def _places(near: torch.Tensor) -> tuple[Array, Array]:
     """Rows and columns of what is true in a matrix."""
-    found = np.flatnonzero(near.cpu().numpy())
+    if near.is_cuda:  # where the matrix is, or moving it would take longer than computing it
+        found = torch.nonzero(near.view(-1)).view(-1).cpu().numpy()
+    else:
+        found = np.flatnonzero(near.numpy())
     rows, columns = np.divmod(found, near.shape[1])
     return rows, columns
 

@@ -309,7 +309,8 @@ def fit_contrastive(
     losses: list[float] = []
     while len(losses) < epochs and (not losses or math.isfinite(losses[-1])):
         order = torch.randperm(count) if rows is None else torch.from_numpy(rows)
-        total_loss = chance = 0.0
+        chance = 0.0
+        total_loss = torch.zeros((), dtype=torch.float64)
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
             alike = (kinds[chosen, None] == kinds[None, chosen]).any(-1)
@@ -318,9 +319,10 @@ def fit_contrastive(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            total_loss += loss.item()
+            # Left where it is: to ask a GPU for it is to wait until it has done all it was given.
+            total_loss = total_loss.to(loss.device) + loss.detach()
             chance += chance_loss(alike)
-        losses.append(total_loss / max(chance, 1e-6))  # without any rivals both are 0
+        losses.append(total_loss.item() / max(chance, 1e-6))  # without any rivals both are 0
         if after_epoch is not None:
             after_epoch()
     return losses

@@ -177,7 +177,7 @@ def _fit(
         whose = (chosen, chosen) if pairs is None else pairs[chosen].T
         both = zip((pixels, tokens), whose, strict=True)
         pictures, captions = (np.concatenate(part[:, own]) for part, own in both)
-        seen = augment_pixels(torch.from_numpy(pictures)).to(device)
+        seen = augment_pixels(torch.from_numpy(pictures).to(device))
         words = _drop_tokens(torch.from_numpy(captions)).to(device)
         words = words if disturb.tokens is None else disturb.tokens(words)
         sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
@@ -213,10 +213,12 @@ def augment_pixels(pixels: Tensor) -> Tensor:
     frame[:, 0, 0] = frame[:, 1, 1] = side
     frame[:, :, 2] = shift
     size = list(pixels.shape)
-    grid = functional.affine_grid(frame, size, align_corners=False)
+    # Drawn on the CPU whatever the device, so that it draws the same.
+    grid = functional.affine_grid(frame.to(pixels.device), size, align_corners=False)
     seen = functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
     gain = 1 + _JITTER * (2 * torch.rand(count, 1, 1, 1) - 1)
     lift = 255 * _JITTER / 2 * (2 * torch.rand(count, 1, 1, 1) - 1)
+    gain, lift = gain.to(pixels.device), lift.to(pixels.device)
     return (gain * (seen - 127.5) + 127.5 + lift).clamp(0, 255)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.labels import rank_quality
 from benchmarks.noise import plant
-from benchmarks.titles import find_titles, split_parts
+from benchmarks.parts import find_titles, split_parts
 from tests.benchmarks.corpus import make_corpus
 
 

@@ -1,0 +1,141 @@
+"""Speed of proxies trained end to end: `python -m benchmarks.clip_speed OUT WORK --samples 100000`.
+
+Tiles the pairs of a finished run, each copy seen in another crop and light, trains proxies on a
+half each as `score` does, in as many processes as workers, and embeds everything under each.
+Products are counted by torch and set against what the device multiplies in bfloat16, measured in
+the same run. Prints one JSON line.
+"""
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.dedup_device import measure_device
+from benchmarks.signature import read_pairs
+from curate.formats.pixels import read_square
+from curate.memorization.mismatch import normalise_caption
+from curate.models.clip_proxy import (
+    ClipShape,
+    build_clip,
+    choose_words,
+    embed_views,
+    encode,
+    fold_tokens,
+    normalise_pixels,
+    pick_dtype,
+    tokenize,
+)
+from curate.models.encoders import torch_threads
+from curate.models.precision import pick_device
+from curate.models.train_clip import ClipRecipe, augment_pixels, train_clip
+
+_IMAGE_PX = 64
+_NAMES = ("pixels", "tokens", "codes")
+
+
+def _write_pairs(out: Path, work: Path, samples: int) -> int:
+    """Put down pixels, tokens and codes of so many pairs; return the number of words."""
+    table = read_pairs(out, samples)
+    pictures = np.stack([read_square(data, _IMAGE_PX) for data in table["thumbnail"].to_pylist()])
+    captions = table["caption"].to_pylist()
+    tokens = tokenize(captions)
+    words = choose_words(Counter(tokens.ravel().tolist()))
+    columns = (table["cluster_id"].to_pylist(), [normalise_caption(text) for text in captions])
+    codes = [np.unique(column, return_inverse=True)[1] for column in columns]
+    rows = np.arange(samples) % len(pictures)
+    pixels = np.lib.format.open_memmap(
+        work / "pixels.npy", "w+", np.uint8, (samples, *pictures.shape[1:])
+    )
+    torch.manual_seed(0)
+    for start in range(0, samples, len(pictures)):
+        part = torch.from_numpy(pictures[rows[start : start + len(pictures)]])
+        seen = augment_pixels(part).byte() if start else part
+        pixels[start : start + len(part)] = seen.numpy()
+    pixels.flush()
+    np.save(work / "tokens.npy", fold_tokens(tokens, words)[rows])
+    np.save(work / "codes.npy", np.stack(codes, axis=1).astype(np.int64)[rows])
+    return len(words)
+
+
+def _train(work: str, words: int, recipe: ClipRecipe, views: int, proxy: int) -> list[float]:
+    """Train one proxy and embed everything; when each began and the last ended, and its loss."""
+    pixels, tokens, codes = (np.load(Path(work) / f"{name}.npy") for name in _NAMES)
+    shape = ClipShape(words, image_px=_IMAGE_PX)
+    inside = np.random.default_rng(proxy // 2).permutation(len(pixels)) % 2 == proxy % 2
+    begun = time.time()
+    trained = train_clip(
+        shape, pixels[inside], tokens[inside], codes[inside], recipe, proxy, pick_device()
+    )
+    between = time.time()
+    with torch_threads(1):
+        embed_views(trained.model, pixels, tokens, views, recipe.dtype)
+    return [begun, between, time.time(), trained.losses[-1]]
+
+
+def _count_step(words: int, recipe: ClipRecipe) -> float:
+    """Operations of a step's towers, forth and back."""
+    device = pick_device()
+    model = build_clip(ClipShape(words, image_px=_IMAGE_PX)).to(device)
+    pixels = torch.zeros(recipe.batch, 3, _IMAGE_PX, _IMAGE_PX, device=device)
+    tokens = torch.ones(recipe.batch, model.context_length, dtype=torch.int64, device=device)
+    with FlopCounterMode(display=False) as counter:
+        image, text = encode(model, normalise_pixels(pixels), tokens, recipe.dtype)
+        (image @ text.T).sum().backward()
+    return float(counter.get_total_flops())
+
+
+@click.command()
+@click.argument("out", type=click.Path(exists=True, path_type=Path))
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--samples", default=4000, show_default=True)
+@click.option("--proxies", default=2, show_default=True)
+@click.option("--epochs", default=ClipRecipe().epochs, show_default=True)
+@click.option("--views", default=4, show_default=True)
+@click.option("--workers", default=2, show_default=True)
+def main(
+    out: Path, work: Path, samples: int, proxies: int, epochs: int, views: int, workers: int
+) -> None:
+    """Measure on the pairs of OUT, tiled in WORK."""
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = ClipRecipe(epochs=epochs, dtype=pick_dtype(pick_device()))
+    words = _write_pairs(out, work, samples)
+    rates = measure_device()
+    step = _count_step(words, recipe)
+    begun = time.time()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        given = [(str(work), words, recipe, views, proxy) for proxy in range(proxies)]
+        done = np.array([task.result() for task in [pool.submit(_train, *one) for one in given]])
+    # From the first step to the last; loading torch is what a worker does once.
+    first, wall = done[:, 0].min(), time.time() - begun
+    training = done[:, 1].max() - first
+    seen = proxies * epochs * (samples // 2)
+    operations = step * seen / recipe.batch / training / 1e12
+    report = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "samples": samples,
+        "proxies": proxies,
+        "epochs": epochs,
+        "workers": workers,
+        "wall_seconds": round(wall, 1),
+        "training_seconds": round(training, 1),
+        "embedding_seconds": round(float((done[:, 2] - done[:, 1]).max()), 1),
+        "samples_per_second": round(seen / training),
+        "mega_operations_per_sample": round(step / recipe.batch / 1e6, 1),
+        "tera_operations_per_second": round(operations, 3),
+        "bfloat16_tera_operations_per_second": round(rates["bfloat16"], 2),
+        "share_of_bfloat16_rate": round(operations / rates["bfloat16"], 5),
+        "losses": np.round(done[:, 3], 3).tolist(),
+    }
+    click.echo(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
