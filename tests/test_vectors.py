@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from benchmarks.mixture import write_mixture
 from curate import storage
 from curate.config import load_pipeline
 from curate.engine.runner import bind
@@ -333,3 +335,22 @@ def test_an_error_is_one_line(folder: Path, tmp_path: Path) -> None:
     done = curate("run", "dedup", "--input", folder, "--output", tmp_path / "out", "--workers", 1)
     assert done.returncode == 2
     assert "run them apart" in only_error(done.stderr)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_keeps_what_its_cpu_twin_keeps(tmp_path: Path) -> None:
+    count = 20_000
+    write_mixture(tmp_path / "in", count, 64)
+    kept = []
+    for name, hidden in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
+        out = tmp_path / name
+        run = ("run", "dedup", "--input", tmp_path / "in", "--output", out, "--workers", 1)
+        done = curate(*run, **hidden)
+        assert done.returncode == 0, done.stderr
+        recall = read_summary(out)["facts"]["dedup"]["recall"]
+        assert recall["recall"] >= 0.999
+        decisions = read_decisions(out)
+        kept.append(set(decisions.filter(decisions["keep"])["uid"].to_pylist()))
+    # Cells differ, and with them which few pairs are missed.
+    assert len(kept[1]) < 0.9 * count
+    assert len(kept[0] ^ kept[1]) <= 0.002 * len(kept[1])

@@ -135,7 +135,42 @@ def test_assign_cells_against_brute_force(most: int) -> None:
     assert (np.diff(detours, axis=0) >= 0).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_cells_of_a_gpu_are_as_good_and_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample = clustered(np.random.default_rng(3), 20_000)
+    found = {}
+    for device in ("cuda", "again", "cpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device != "cpu")
+        found[device] = train_centroids(sample, 200, seed=1)
+    assert np.array_equal(found["cuda"], found["again"])
+    assert (found["cuda"].dtype, found["cuda"].shape) == (np.float32, (200, 32))
+    np.testing.assert_allclose(np.linalg.norm(found["cuda"], axis=1), 1, atol=1e-5)
+    nearness = {name: (sample @ rows.T).max(1).mean() for name, rows in found.items()}
+    assert nearness["cuda"] == pytest.approx(nearness["cpu"], abs=0.005)
+
+
+@needs_gpu
+def test_a_gpu_assigns_as_its_cpu_twin_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    vectors, centroids = clustered(rng, 20_000), unit_rows(rng.standard_normal((300, 32)))
+    found = {}
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
+        found[device] = assign_cells(vectors, centroids, 8)
+    cosines = vectors @ centroids.T
+    by_gpu, by_cpu = (
+        np.take_along_axis(cosines, found[device][0].T, 1) for device in ("cuda", "cpu")
+    )
+    np.testing.assert_allclose(by_gpu, by_cpu, atol=1e-5)
+    np.testing.assert_allclose(found["cuda"][1], found["cpu"][1], atol=2e-3)
+
+
+@needs_gpu
 @pytest.mark.parametrize("min_cosine", [0.5, 0.95])
 def test_a_gpu_finds_what_its_cpu_twin_finds(
     min_cosine: float, monkeypatch: pytest.MonkeyPatch

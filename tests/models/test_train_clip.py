@@ -72,6 +72,20 @@ def test_training_repeats_itself_whatever_the_threads() -> None:
     assert dump_weights(first.model) != dump_weights(other.model)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 0.02), ("bfloat16", 0.05)])
+def test_a_gpu_learns_as_its_cpu_twin_does(dtype: str, off: float) -> None:
+    recipe = ClipRecipe(epochs=15, batch=32, learning_rate=2e-3, dtype=dtype)
+    # It draws the same batches, crops and words.
+    found = train_clip(SHAPE, *_squares(192), recipe, 0, "cuda")
+    assert found.losses == pytest.approx(_trained().losses, abs=off)
+    pixels, tokens, _ = _squares(192)
+    image, text, alignment = embed_views(found.model, pixels, tokens, 2, dtype)
+    assert (image.shape, text.shape, alignment.shape) == ((192, 32), (192, 32), (192,))
+    expected = embed_views(_trained().model, pixels, tokens, 2, "float32")[2]
+    assert np.corrcoef(alignment, expected)[0, 1] > 0.9
+
+
 def test_a_picture_may_be_seen_with_the_caption_of_another() -> None:
     pixels, tokens, groups = _squares(24)
     rng, recipe = np.random.default_rng(0), ClipRecipe(1, 16, dtype="float32")
