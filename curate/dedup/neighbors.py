@@ -32,11 +32,11 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _KMEANS_ROUNDS = 10
-#: Rows per product, by device. On a CPU 1024 x 4096 bfloat16 stay in the second cache while they
-#: are looked through; a GPU has a hundred times the cores to keep busy, and memory for the places
-#: of all if all are near.
-_QUERY_ROWS = {"cpu": 1024, "cuda": 4096}
-_BASE_ROWS = {"cpu": 4096, "cuda": 16384}
+#: Rows per product: 1024 x 4096 bfloat16 stay in the second cache while they are looked through.
+_QUERY_ROWS, _BASE_ROWS = 1024, 4096
+#: The same on a GPU, which has a hundred times as much to keep busy: if all are near, their places
+#: and cosines take 2 GB. And pairs whose cosines are computed at once.
+_GPU_ROWS, _GPU_PAIRS = (4096, 16384), 1 << 18
 #: Cosines of vectors with centroids that a GPU holds at once: 1 GB.
 _MOST_COSINES = 1 << 28
 #: Pairs whose cosines are computed at once: 16 k of 1280 float32 are 160 MB for both sides.
@@ -180,21 +180,24 @@ class Rows:
         Not necessarily of unit norm.
     screen : (N, D) torch.Tensor
         The same at unit norm, in the type and on the device that multiply fastest.
+    exact : (N, D) torch.Tensor of float32, optional
+        The same at unit norm, where that is a GPU.
     """
 
     stored: Array
     screen: torch.Tensor
+    exact: torch.Tensor | None = None
 
     @classmethod
     def of(cls, vectors: Array) -> "Rows":
         """Prepare (N, D) floating vectors."""
-        device = _device()
-        kind = torch.bfloat16 if device == "cuda" else _fastest_type()
-        screen = torch.empty(vectors.shape, dtype=kind, device=device)
-        size = _BASE_ROWS[device]
-        for start in range(0, len(vectors), size):
-            part = slice(start, start + size)
-            screen[part] = _unit_on(device, vectors[part])
+        if _device() == "cuda":
+            exact = _unit_on_gpu(vectors)
+            return cls(vectors, exact.bfloat16(), exact)
+        screen = torch.empty(vectors.shape, dtype=_fastest_type())
+        for start in range(0, len(vectors), _BASE_ROWS):
+            part = slice(start, start + _BASE_ROWS)
+            screen[part] = torch.from_numpy(unit_rows(vectors[part]))
         return cls(vectors, screen)
 
     def __len__(self) -> int:
@@ -203,15 +206,19 @@ class Rows:
     def take(self, rows: Array) -> "Rows":
         """Return some rows, in the order asked for."""
         places = torch.from_numpy(np.asarray(rows, np.int64)).to(self.screen.device)
-        return Rows(self.stored[rows], self.screen[places])
+        exact = None if self.exact is None else self.exact[places]
+        return Rows(self.stored[rows], self.screen[places], exact)
+
+    def part(self, start: int, count: int) -> "Rows":
+        """Return at most `count` rows, which are not copied."""
+        rows = slice(start, start + count)
+        exact = None if self.exact is None else self.exact[rows]
+        return Rows(self.stored[rows], self.screen[rows], exact)
 
 
-def _unit_on(device: str, vectors: Array) -> torch.Tensor:
-    """Rows as `unit_rows` has them, but for the last digits."""
-    if device == "cpu":
-        return torch.from_numpy(unit_rows(vectors))
+def _unit_on_gpu(vectors: Array) -> torch.Tensor:
     # As stored, half as much has to be moved.
-    rows = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(device).float()
+    rows = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).cuda().float()
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return torch.where(norms > 0, rows / norms, 0.0)
 
@@ -270,61 +277,81 @@ def pairs_within(
     query_rows, base_rows : (E,) int64
     cosines : (E,) float32
     """
-    left, right, cosines = [], [], []
-    for start in range(0, len(queries), _QUERY_ROWS[queries.screen.device.type]):
-        found = _block_pairs(queries, base, start, min_cosine)
+    high, wide = (_QUERY_ROWS, _BASE_ROWS) if queries.exact is None else _GPU_ROWS
+    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    cosines = [np.zeros(0, np.float32)]
+    for start in range(0, len(queries), high):
+        found = _block_pairs(queries.part(start, high), base, wide, min_cosine)
         if most is not None:
             found = nearest_pairs(*found, most)
-        left.append(found[0])
+        left.append(start + found[0])
         right.append(found[1])
         cosines.append(found[2])
-    if not left:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     return np.concatenate(left), np.concatenate(right), np.concatenate(cosines)
 
 
 def _block_pairs(
-    queries: Rows, base: Rows, start: int, min_cosine: float
+    block: Rows, base: Rows, wide: int, min_cosine: float
 ) -> tuple[Array, Array, Array]:
-    device = queries.screen.device.type
-    high, wide = _QUERY_ROWS[device], _BASE_ROWS[device]
-    block = queries.screen[start : start + high]
+    near = _near if block.exact is None else _near_on_gpu
     left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     values = [np.zeros(0, np.float32)]
     for other in range(0, len(base), wide):
-        products = block @ base.screen[other : other + wide].T
-        rows, columns = _places(products >= min_cosine - _SLACK[block.dtype])
-        own = queries.stored[start : start + high]
-        theirs = base.stored[other : other + wide]
-        if len(rows) > _DENSE_SHARE * len(own) * len(theirs):
-            own, theirs = _single(own), _single(theirs)
-            rows, columns = _screen_again(own, theirs, block.device, min_cosine)
-        cosines = _pair_cosines(own, theirs, rows, columns)
-        reached = cosines >= np.float32(min_cosine)
-        left.append(start + rows[reached])
-        right.append(other + columns[reached])
-        values.append(cosines[reached])
+        rows, columns, cosines = near(block, base.part(other, wide), min_cosine)
+        left.append(rows)
+        right.append(other + columns)
+        values.append(cosines)
     return np.concatenate(left), np.concatenate(right), np.concatenate(values)
+
+
+def _near(block: Rows, base: Rows, min_cosine: float) -> tuple[Array, Array, Array]:
+    products = block.screen @ base.screen.T
+    rows, columns = _places(products >= min_cosine - _SLACK[products.dtype])
+    own, theirs = block.stored, base.stored
+    if len(rows) > _DENSE_SHARE * len(own) * len(theirs):
+        own, theirs = _single(own), _single(theirs)
+        rows, columns = _screen_again(own, theirs, min_cosine)
+    cosines = _pair_cosines(own, theirs, rows, columns)
+    reached = cosines >= np.float32(min_cosine)
+    return rows[reached], columns[reached], cosines[reached]
+
+
+def _near_on_gpu(block: Rows, base: Rows, min_cosine: float) -> tuple[Array, Array, Array]:
+    """As above, and nothing but what is found leaves the GPU."""
+    own, theirs = block.exact, base.exact
+    assert own is not None
+    assert theirs is not None
+    near = block.screen @ base.screen.T >= min_cosine - _SLACK[block.screen.dtype]
+    if near.sum() > _DENSE_SHARE * near.numel():
+        products = own @ theirs.T
+        places = torch.nonzero(products >= min_cosine)
+        rows, columns = places.unbind(1)
+        found = [rows, columns, products[rows, columns]]
+    else:
+        rows, columns = torch.nonzero(near).unbind(1)
+        cosines = torch.empty(len(rows), device=rows.device)
+        for first in range(0, len(rows), _GPU_PAIRS):
+            part = slice(first, first + _GPU_PAIRS)
+            cosines[part] = (own[rows[part]] * theirs[columns[part]]).sum(1)
+        reached = cosines >= min_cosine
+        found = [rows[reached], columns[reached], cosines[reached]]
+    one, other, values = (part.cpu().numpy() for part in found)
+    return one, other, values
 
 
 def _places(near: torch.Tensor) -> tuple[Array, Array]:
     """Rows and columns of what is true in a matrix."""
-    if near.is_cuda:  # where the matrix is, or moving it would take longer than computing it
-        found = torch.nonzero(near.view(-1)).view(-1).cpu().numpy()
-    else:
-        found = np.flatnonzero(near.numpy())
+    found = np.flatnonzero(near.numpy())
     rows, columns = np.divmod(found, near.shape[1])
     return rows, columns
 
 
-def _screen_again(
-    own: Array, theirs: Array, device: torch.device, min_cosine: float
-) -> tuple[Array, Array]:
+def _screen_again(own: Array, theirs: Array, min_cosine: float) -> tuple[Array, Array]:
     """Find in float32 what may reach `min_cosine`, as bfloat16 did before.
 
     Where many pictures are of one kind it lets millions of pairs through that are a hair below.
     """
-    one, other = (torch.from_numpy(unit_rows(rows)).to(device) for rows in (own, theirs))
+    one, other = (torch.from_numpy(unit_rows(rows)) for rows in (own, theirs))
     return _places(one @ other.T >= min_cosine - _SLACK[torch.float32])
 
 

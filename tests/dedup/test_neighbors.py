@@ -183,9 +183,35 @@ def test_a_gpu_finds_what_its_cpu_twin_finds(
         monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
         rows = Rows.of(vectors)
         assert rows.screen.device.type == device
-        left, right, cosines = pairs_within(rows, rows, min_cosine)
-        pairs = zip(left.tolist(), right.tolist(), strict=True)
-        found[device] = dict(zip(pairs, cosines.tolist(), strict=True))
-    differing = found["cuda"].items() ^ found["cpu"].items()
-    assert len(found["cpu"]) > 10_000
-    assert all(abs(cosine - min_cosine) < 1e-3 for _, cosine in differing)
+        found[device] = as_dict(pairs_within(rows, rows, min_cosine))
+    check_twins(found["cuda"], found["cpu"], min_cosine)
+
+
+@pytest.mark.parametrize("min_cosine", [0.5, 0.95])
+def test_what_a_gpu_does_finds_the_same_on_a_cpu(min_cosine: float) -> None:
+    rng = np.random.default_rng(11)
+    # The second half is dense, and the last rows have no direction.
+    parts = [clustered(rng, 3000), clustered(rng, 3000, centres=1), np.zeros((5, 32))]
+    vectors = np.concatenate(parts).astype(np.float16)
+    rows, exact = Rows.of(vectors), torch.from_numpy(unit_rows(vectors))
+    there = Rows(vectors, exact.bfloat16(), exact)
+    some = np.r_[5:900, 4000:4100]
+    found = [as_dict(pairs_within(own.take(some), own, min_cosine)) for own in (there, rows)]
+    check_twins(*found, min_cosine)
+
+
+Pairs = dict[tuple[int, int], float]
+
+
+def as_dict(found: tuple[Array, Array, Array]) -> Pairs:
+    left, right, cosines = (part.tolist() for part in found)
+    return dict(zip(zip(left, right, strict=True), cosines, strict=True))
+
+
+def check_twins(one: Pairs, other: Pairs, min_cosine: float) -> None:
+    """Only pairs within .001 of the threshold may be found by one of the two."""
+    both = one.keys() & other.keys()
+    assert len(both) > 10_000
+    assert max(abs(one[pair] - other[pair]) for pair in both) < 1e-5
+    rest = {**one, **other}
+    assert all(rest[pair] - min_cosine < 1e-3 for pair in one.keys() ^ other.keys())
