@@ -3,8 +3,8 @@
 Swaps captions in a copy of a finished run, between pairs that differ by name, cluster and caption;
 runs `score` and `select` on that anew, then `curate ablate`. Prints one JSON line: what share the
 recommended setting drops of what the loosest keeps, of what planted share, and what it gained; with
-two models also how alike they rank the settings. All stays in WORK, so that a benchmark that was
-stopped goes on.
+several models also how alike each two rank the settings, and what one loses by the setting that is
+recommended for the other. All stays in WORK, so that a benchmark that was stopped goes on.
 """
 
 import json
@@ -12,7 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from curate.ablate.grid import open_select
 from curate.engine.finished import read_finished
 from curate.stages.base import Room, Stage
 from curate.stages.score import Score
+
+__all__ = ["compare_models"]
 
 #: Tables of the run that depend on captions are made anew or not needed.
 _ANEW = ("score", "select", "write", "report")
@@ -136,12 +140,48 @@ def _judge(out: Path, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rank_alike(curves: list[list[list[float]]]) -> float | None:
-    """Rank correlation of two models' gains over the same settings."""
-    if len(curves) < 2:
-        return None
-    gains = [[point[1] for point in curve] for curve in curves[:2]]
-    return round(float(np.asarray(spearmanr(*gains).statistic)), 3)
+def compare_models(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tell how well settings found by one model hold for another.
+
+    Parameters
+    ----------
+    reports : mapping of str to mapping
+        By model, of the same settings: what `curate ablate --json` prints.
+
+    Returns
+    -------
+    dict
+        By "ONE OTHER", for every two: `rank_correlation` of the settings' gains (Spearman's; None
+        if one's gains are all equal), the shares that their `recommended` settings drop, and how
+        much less than its best each gains (`lost`) by the setting recommended for the other.
+    """
+    return {f"{one} {two}": _compare(reports[one], reports[two]) for one, two in
+            combinations(reports, 2)}  # fmt: skip
+
+
+def _compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    gains = [
+        {
+            row["name"]: row["figures"]["all"]["gain"]
+            for row in report["lines"]
+            if row["kind"] == "setting"
+        }
+        for report in (one, other)
+    ]
+    names = list(gains[0])
+    both = [[found[name] for name in names] for found in gains]
+    chosen = [report["recommended"]["name"] for report in (one, other)]
+    alike = None
+    if all(len(set(values)) > 1 for values in both):
+        alike = round(float(np.asarray(spearmanr(*both).statistic)), 3)
+    return {
+        "rank_correlation": alike,
+        "recommended": [round(r["recommended"]["share_dropped"], 4) for r in (one, other)],
+        "lost": [
+            round(max(found.values()) - found[name], 4)
+            for found, name in zip(gains, reversed(chosen), strict=True)
+        ],
+    }
 
 
 @click.command()
@@ -165,9 +205,9 @@ def main(
     found: dict[str, Any] = {"run": out.name, "seeds": seeds}
     for share in swaps:
         copy = _plant_run(out, truth, work / f"{out.name}-{share:g}", share)
-        results = {one: _judge(copy, _ablate(copy, one, seeds, controls)) for one in models}
-        alike = _rank_alike([one["curve"] for one in results.values()])
-        found[f"{share:g}"] = {**results, "rank_correlation": alike}
+        reports = {one: _ablate(copy, one, seeds, controls) for one in models}
+        judged = {one: _judge(copy, report) for one, report in reports.items()}
+        found[f"{share:g}"] = {**judged, "transfer": compare_models(reports)}
     click.echo(json.dumps(found))
 
 

@@ -322,8 +322,10 @@ def audit(
 @click.argument("out")
 @click.option("--grid", metavar="FILE", help="YAML list of settings; default: rates of mismatch.")
 @click.option(
-    "--model", type=click.Choice(["small", "large", "heads"]), default="small", show_default=True,
-    help="CLIPs end to end on thumbnails, or heads over the run's vectors: faster.",
+    "--model", type=click.Choice(["small", "large", "larger", "heads"]), default="small",
+    show_default=True,
+    help="CLIPs end to end on thumbnails (larger: for a GPU), or heads over the run's vectors: "
+    "faster.",
 )  # fmt: skip
 @click.option("--labels", metavar="FILE", help="Table of uid and label, for zero-shot accuracy.")
 @click.option(

@@ -42,7 +42,8 @@ class Request:
     grid : str or None
         See `read_grid`; default: rates of mismatch, see `propose`.
     model : str
-        "small" or "large": CLIPs trained end to end on thumbnails; "heads": over the run's vectors.
+        "small", "large" or, for a GPU, "larger": CLIPs trained end to end on thumbnails; "heads":
+        over the run's vectors.
     labels : str or None
         See `read_labels`.
     held_out : float

@@ -18,6 +18,7 @@ from curate.stages.base import Room
 
 __all__ = [
     "MODELS",
+    "SHAPES",
     "Budget",
     "Judged",
     "Labels",
@@ -32,11 +33,12 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 #: Passes over the pool that a student may make by default, and pairs per step.
-MODELS = {"small": (12.0, 64), "large": (12.0, 64), "heads": (6.0, 256)}
-_IMAGE_PX = 32
-_SHAPES = {
-    "small": {"image_px": _IMAGE_PX, "image_width": 16, "text_width": 64, "text_layers": 1},
-    "large": {"image_px": _IMAGE_PX, "image_width": 24, "text_width": 128, "text_layers": 2},
+MODELS = {"small": (12.0, 64), "large": (12.0, 64), "larger": (12.0, 128), "heads": (6.0, 256)}
+#: Of the CLIPs: 1.5, 3.7 and 14.7 million parameters with two thousand words.
+SHAPES = {
+    "small": {"image_px": 32, "image_width": 16, "text_width": 64, "text_layers": 1},
+    "large": {"image_px": 32, "image_width": 24, "text_width": 128, "text_layers": 2},
+    "larger": {"image_px": 64, "image_width": 48, "text_width": 256, "text_layers": 3},
 }
 _FRONT_WIDTH = 256
 _TEXT_BATCH = 64
@@ -107,7 +109,7 @@ def commit_data(
         arrays = _read_vectors(room, pairs)
         arrays |= _spell_vectors(labels, warnings)
     else:
-        arrays = _read_pictures(room, pairs)
+        arrays = _read_pictures(room, pairs, SHAPES[budget.model]["image_px"])
         arrays |= _spell_tokens(pairs, labels)
     arrays |= {"codes": pairs.codes, "held": pairs.held}
     if labels is not None and "names" in arrays:
@@ -152,12 +154,12 @@ def _spell_vectors(labels: Labels | None, warnings: list[str]) -> dict[str, Arra
     return {"names": embed_captions(encoder, labels.names, _TEXT_BATCH, Precision())[0]}
 
 
-def _read_pictures(room: Room, pairs: Pairs) -> dict[str, Array]:
-    pixels = np.zeros((len(pairs), 3, _IMAGE_PX, _IMAGE_PX), np.uint8)
+def _read_pictures(room: Room, pairs: Pairs, side_px: int) -> dict[str, Array]:
+    pixels = np.zeros((len(pairs), 3, side_px, side_px), np.uint8)
     for shard, rows, places in rows_by_shard(room, pairs.rows):
         thumbnails = room.read(shard, ["thumbnail"])["thumbnail"].take(pa.array(rows))
         for place, thumbnail in zip(places, thumbnails.to_pylist(), strict=True):
-            pixels[place] = read_square(thumbnail, _IMAGE_PX)
+            pixels[place] = read_square(thumbnail, side_px)
     return {"pixels": pixels}
 
 
@@ -307,7 +309,7 @@ def _train_clip(
 
     device = pick_device()
     recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device), retries=budget.retries)
-    shape = ClipShape(len(arrays["words"]), **_SHAPES[budget.model])
+    shape = ClipShape(len(arrays["words"]), **SHAPES[budget.model])
     names = ("pixels", "tokens", "codes", "held")
     # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
     pixels, tokens, codes, held = (np.array(arrays[name]) for name in names)

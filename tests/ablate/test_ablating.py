@@ -9,15 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curate import storage
 from curate.ablate import rounds as rounds_module
 from curate.ablate.ablating import Request, ablate, describe_cost
 from curate.ablate.grid import Setting, decide_all, open_select, propose, read_grid
 from curate.ablate.labels import read_uids
 from curate.ablate.pairs import choose_pairs
-from curate.ablate.rounds import plan_lines
-from curate.ablate.students import draw_captions, draw_order
+from curate.ablate.rounds import Rounds, plan_lines
+from curate.ablate.students import (
+    MODELS,
+    SHAPES,
+    Budget,
+    commit_data,
+    draw_captions,
+    draw_order,
+)
+from curate.cli import main
 from curate.engine.finished import read_finished
 from curate.errors import ConfigError, InputError, OutputError
+from curate.models.clip_proxy import ClipShape, build_clip
 from curate.report.ablate_words import describe_ablation, tell_recommendation
 from tests.ablate.finished import COUNT, FIRST_COPY, SWAPPED, uid_of, write_run
 from tests.exports import Here, Silent
@@ -154,6 +164,28 @@ def test_small_clips_learn_from_thumbnails_and_know_classes(out: Path, tmp_path:
     rows = report["lines"]
     assert len({row["trained_on"] for row in rows}) == 1
     assert len({json.dumps(row["figures"]) for row in rows}) == len(rows)
+
+
+def test_larger_clips_see_pictures_twice_as_wide(out: Path, tmp_path: Path) -> None:
+    room = open_select(str(out), read_finished(str(out)))
+    pairs = choose_pairs(room, 0.2, 600, 0)
+    lines = plan_lines(decide_all(room, read_grid(grid(tmp_path))), pairs, False, False)
+    folder = str(tmp_path / "work")
+    commit_data(room, pairs, Budget("larger", steps=2, batch=16, retries=0), None, folder)
+    assert storage.read_array(f"{folder}/pixels.npy").shape == (len(pairs), 3, 64, 64)
+    Rounds(lines, pairs, folder, seeds=2).run(Local(), Silent())
+    hits = [line.scores()[seed] for line in lines for seed in (0, 1)]
+    assert all(one.shape == pairs.held.shape for one in hits)
+    assert 0 < np.mean(hits) < 1
+
+
+def test_the_command_knows_all_models_and_each_is_larger_than_the_one_before() -> None:
+    option = next(one for one in main.commands["ablate"].params if one.name == "model")
+    assert list(option.type.choices) == list(MODELS)
+    models = [build_clip(ClipShape(2000, **shape)) for shape in SHAPES.values()]
+    small, large, larger = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert large > 2 * small
+    assert larger == pytest.approx(4 * large, rel=0.05)
 
 
 def test_the_default_grid_drops_from_nothing_to_two_fifths(out: Path) -> None:
