@@ -101,10 +101,10 @@ def _carry_out(room: Room, stage: Stage, done: Path) -> None:
                 storage.commit_bytes(str(mark), b"")
 
 
-def _ablate(out: Path, model: str, seeds: int, controls: bool) -> dict[str, Any]:
+def _ablate(out: Path, model: str, seeds: int, controls: bool, workers: int) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "curate", "ablate", str(out), "--model", model, "--seeds", str(seeds),
-        "--workers", "1", "--controls" if controls else "--no-controls", "--json",
+        "--workers", str(workers), "--controls" if controls else "--no-controls", "--json",
     ]  # fmt: skip
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -192,6 +192,7 @@ def _compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 @click.option("--model", "models", multiple=True, default=("heads",), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--controls/--no-controls", default=True, show_default=True)
+@click.option("--workers", default=1, show_default=True)
 def main(
     out: Path,
     truth: Path,
@@ -200,12 +201,13 @@ def main(
     models: tuple[str, ...],
     seeds: int,
     controls: bool,
+    workers: int,
 ) -> None:
     """Plant swapped captions in copies of the run in OUT, whose planted truth is TRUTH."""
     found: dict[str, Any] = {"run": out.name, "seeds": seeds}
     for share in swaps:
         copy = _plant_run(out, truth, work / f"{out.name}-{share:g}", share)
-        reports = {one: _ablate(copy, one, seeds, controls) for one in models}
+        reports = {one: _ablate(copy, one, seeds, controls, workers) for one in models}
         judged = {one: _judge(copy, report) for one, report in reports.items()}
         found[f"{share:g}"] = {**judged, "transfer": compare_models(reports)}
     click.echo(json.dumps(found))
