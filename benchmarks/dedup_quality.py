@@ -160,8 +160,7 @@ class _Runs:
         subprocess.run(
             [sys.executable, "-m", "curate", *command], check=True, stdout=subprocess.DEVNULL
         )
-        stage = json.loads((self.out / "run.json").read_text())["stages"]["dedup"]
-        folder = self.out / "stages" / f"dedup-{stage['fingerprint']}"
+        stage, folder = self._table("dedup")
         edges = pq.read_table(folder / "edges")
         nodes = np.load(folder / "nodes.npy")
         equal = np.flatnonzero(nodes != np.arange(len(nodes)))
@@ -179,9 +178,13 @@ class _Runs:
         numbers = {file.name: number for number, file in enumerate(self.files)}
         return np.array([numbers[key] for key in keys])
 
+    def _table(self, name: str) -> tuple[dict[str, Any], Path]:
+        """What the last run says of a table, and its folder."""
+        stage = json.loads((self.out / "run.json").read_text())["stages"][name]
+        return stage, self.out / "stages" / f"{name}-{stage['fingerprint']}"
+
     def _column(self, table: str, name: str) -> Any:
-        [folder] = (self.out / "stages").glob(f"{table}-*")
-        return pq.read_table(folder / "shards")[name]
+        return pq.read_table(self._table(table)[1] / "shards")[name]
 
     def vectors(self) -> Array:
         """(N, D) float32, in the files' order."""

@@ -157,7 +157,7 @@ def emoji_names(cache: Path, language: str) -> dict[str, str]:
         assert content is not None
         entries = json.load(content)
     return {
-        _plain(variant["hexcode"]): variant["label"]
+        plain_code(variant["hexcode"]): variant["label"]
         for entry in entries
         for variant in (entry, *entry.get("skins", []))
     }
@@ -193,7 +193,7 @@ def emoji_captions(cache: Path) -> dict[str, list[str]]:
         names = [name.replace("_", " ").replace("-", " ") for part in lists for name in part]
         keywords = [" ".join(entry["tags"])] if "tags" in entry else []
         captions = {normalise(name): name for name in (entry["label"], *keywords, *names)}
-        found[_plain(entry["hexcode"])] = list(captions.values())
+        found[plain_code(entry["hexcode"])] = list(captions.values())
     return found
 
 
@@ -207,7 +207,8 @@ def _has_names(path: str) -> bool:
     return len(parts) == 3 and parts[2] == "data.json"
 
 
-def _plain(code: str) -> str:
+def plain_code(code: str) -> str:
+    """Code points in capitals, without those that ask for a picture: how names are looked up."""
     return "-".join(part for part in code.upper().split("-") if part != _PICTURE)
 
 
@@ -231,7 +232,7 @@ def read_emoji(cache: Path, vendors: Sequence[str], languages: Sequence[str]) ->
     images: dict[str, dict[str, bytes]] = {vendor: {} for vendor in vendors}
     for pair in emoji_pairs(cache):
         _, vendor, _, name = pair.source.split("/")
-        code = _plain(name.partition(".")[0])
+        code = plain_code(name.partition(".")[0])
         if vendor in images and not SKIN_TONES.keys() & set(code.split("-")):
             images[vendor][code] = pair.read()
     names = [emoji_names(cache, language) for language in languages]
@@ -259,6 +260,6 @@ def emoji_group(code: str) -> str:
     str
         Code points that all such variants share.
     """
-    first, *others = (part for part in _plain(code).split("-") if part != _JOINER)
+    first, *others = (part for part in plain_code(code).split("-") if part != _JOINER)
     kept = [first, *(part for part in others if part not in _QUALIFIERS)]
     return "-".join(sign for part in kept for sign in _ANY_GENDER.get(part, (part,)))

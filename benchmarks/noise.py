@@ -8,6 +8,7 @@ pairs from the rest, how many of either it puts above one half, and how well low
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,8 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.corpora import DEFAULT_CACHE
+from benchmarks.emoji import emoji_names, plain_code
 from benchmarks.mismatch import calibration_error
 from benchmarks.parts import split_parts
 from benchmarks.planting import CLEAN
@@ -34,6 +37,7 @@ _BOILERPLATE = (
     "Untitled document, last saved on Monday",
 )
 _SALES = "Order now in our online shop: best price, free shipping, thirty days to return it!"
+_LANGUAGES = ("de", "es", "ja", "ru")
 _BLOCK = 512
 _PASSES = 50
 #: What is asked of the kept, as in select.max_mismatch_rate.
@@ -142,6 +146,26 @@ def _retitled(longest: int) -> Any:
     return spoil
 
 
+def _translated(swapped: bool) -> Any:
+    """An emoji's own name, or another's, in another language."""
+
+    def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
+        cache = DEFAULT_CACHE.expanduser()
+        names = [emoji_names(cache, language) for language in _LANGUAGES]
+        points = np.array([plain_code(Path(source).stem) for source in corpus.sources.tolist()])
+        given: dict[int, str] = {}
+        for row in rows.tolist():
+            others = rng.permutation(rows)
+            donor = int(others[_differs(corpus, row, others)][0]) if swapped else row
+            name = names[rng.integers(len(names))].get(points[donor])
+            if name and normalise_caption(name) != normalise_caption(str(corpus.captions[donor])):
+                given[row] = name
+        captions, changed = list(given.values()), np.array(list(given), np.int64)
+        return corpus.with_captions(changed, np.array(captions), embed_captions(captions)), changed
+
+    return spoil
+
+
 def _pictured(make: Callable[[np.random.Generator], Image.Image]) -> Any:
     def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
         return corpus.with_pictures(rows, embed_pictures([make(rng) for _ in rows])), rows
@@ -170,6 +194,8 @@ KINDS: dict[str, Spoil] = {
     "title": _retitled(1),
     "series": _retitled(24),
     "sales": _reworded(lambda caption, _: f"{caption}. {_SALES}"),
+    "language": _translated(swapped=False),
+    "language_swap": _translated(swapped=True),
     "noise_picture": _pictured(_noise_picture),
     "one_colour": _pictured(_one_colour),
 }
