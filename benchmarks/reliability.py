@@ -46,7 +46,8 @@ Array = np.ndarray[Any, Any]
 
 _IMAGE_PX = 64
 _HELD_OUT = 1000
-_FEW = 8
+#: Proxies of a design as the stage has it.
+FEW = 8
 _FRONT_WIDTH = 256
 _TOP_SHARE = 0.1
 
@@ -252,12 +253,12 @@ def main(
     heads = heads_fit(data)
     halves = random_halves(data.clusters, truth_proxies // 2)
     designs = [
-        Design("few", draw_masks(data.clusters, _FEW, 0), clip),
+        Design("few", draw_masks(data.clusters, FEW, 0), clip),
         Design("truth", halves, clip),
-        Design("heads", draw_masks(data.clusters, _FEW, 0), heads),
+        Design("heads", draw_masks(data.clusters, FEW, 0), heads),
         Design("heads-truth", halves, heads),
-        Design("few-again", draw_masks(data.clusters, _FEW, 1), clip),
-        Design("wide", draw_masks(data.clusters, _FEW, 2), wide),
+        Design("few-again", draw_masks(data.clusters, FEW, 1), clip),
+        Design("wide", draw_masks(data.clusters, FEW, 2), wide),
     ]
     work.mkdir(parents=True, exist_ok=True)
     for design in designs:
