@@ -69,6 +69,7 @@ _ALL = (
     Column("removal_reason", pa.string(), "reason code", "", "by what it names it", "remove"),
     Column("width", pa.int32(), "px", "", "width of the original image", "embed", "both"),
     Column("height", pa.int32(), "px", "", "height of the original image", "embed", "both"),
+    Column("image_contrast", pa.float32(), "[0, 127.5]", "higher: shows more", "standard deviation of the grey levels of the channel where it is largest; 0: one colour, nothing to see", "embed", "both"),
     Column("sha256", pa.string(), "64 hex digits", "", "hash of the image's bytes as stored in the source", "embed", "shards"),
     Column("decode_reason", pa.string(), "reason code", "", "why no pixels could be had", "embed"),
     Column("byte_list", pa.string(), "", "", "the list of remove.lists that holds the hash of the image's bytes; null if none", "embed"),

@@ -230,6 +230,24 @@ def test_nothing_kept(three: Path) -> None:
     assert len(read_shards(three / "out")) == 0
 
 
+def test_a_picture_that_shows_nothing_can_be_dropped(tmp_path: Path) -> None:
+    """White on nothing: everybody sees it laid over white."""
+    ghost = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    ghost.paste((255, 255, 255, 255), (9, 9, 30, 30))
+    buffer = io.BytesIO()
+    ghost.save(buffer, "PNG")
+    members = [m for i, one in enumerate(clean_pairs(2)) for m in pair(f"{i}", *one)]
+    members += [*pair("ghost", buffer.getvalue(), b"a ghost"), *pair("torn", b"none", b"torn")]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    bounds = "select.thresholds=[{column: image_contrast, min: 0.5}]"
+    succeed(*of_three(tmp_path), "--set", bounds, "--workers", 1)
+    rows = {row["key"]: row for row in read_decisions(tmp_path / "out").to_pylist()}
+    reasons = {key: row["reason"] for key, row in rows.items()}
+    assert reasons == {"0": None, "1": None, "ghost": "outside_threshold", "torn": "decode_error"}
+    assert (rows["ghost"]["image_contrast"], rows["torn"]["image_contrast"]) == (0, None)
+    assert min(rows[key]["image_contrast"] for key in "01") > 10
+
+
 def refuse(*arguments: object, exit_code: int = 2) -> str:
     """Run in this process what must end before any worker starts; return the line it ends with."""
     result = CliRunner().invoke(main, [str(one) for one in arguments])

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from curate import plugins, storage
-from curate.formats.pixels import Decoded, decode, make_thumbnail
+from curate.formats.pixels import Decoded, decode, make_thumbnail, measure_contrast
 from curate.models import parse_encoder
 from curate.plugins import PICTURE_PX
 from curate.schema import select_schema
@@ -61,7 +61,7 @@ class Embed(Stage):
     """Decode every image once; hash it, measure it, thumbnail it, and embed the pair."""
 
     name: ClassVar[str] = "embed"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     encoder: str = Field(
         "offline",
@@ -102,7 +102,7 @@ class Embed(Stage):
         return ("removal_reason",)
 
     def tables(self) -> tuple[Table, ...]:
-        pixels = ("width", "height", "sha256", "decode_reason", "byte_list")
+        pixels = ("width", "height", "image_contrast", "sha256", "decode_reason", "byte_list")
         vectors = ("image_emb", "text_emb", "clip_score")
         return (
             Table("embed.vectors", vectors, ("encoder", "max_pixels")),
@@ -255,6 +255,7 @@ class _Sample:
 
     decoded: Decoded
     sha256: str | None = None
+    contrast: float | None = None
     thumbnail: bytes | None = None
     prepared: Any = None
     picture: Any = None
@@ -407,7 +408,8 @@ def _decode_all(
         thumbnail = make_thumbnail(decoded.image, _THUMBNAIL_PX) if small else None
         prepared = encoder.prepare(decoded.image) if encoder else None
         picture = _picture(data, decoded, working_px, max_pixels) if looks else None
-        return _Sample(_without_image(decoded), digest, thumbnail, prepared, picture)
+        contrast = measure_contrast(decoded.image)
+        return _Sample(_without_image(decoded), digest, contrast, thumbnail, prepared, picture)
 
     def work(block: list[tuple[bytes | None, str | None]]) -> list[_Sample]:
         samples = [look(data) for data, _ in block]
@@ -514,6 +516,7 @@ def _commit_facts(
     columns = {
         "width": [s.decoded.width for s in samples],
         "height": [s.decoded.height for s in samples],
+        "image_contrast": [s.contrast for s in samples],
         "sha256": [s.sha256 for s in samples],
         "decode_reason": [s.decoded.reason for s in samples],
         "byte_list": [s.byte_list for s in samples],

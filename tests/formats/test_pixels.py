@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curate.formats.pixels import decode, make_thumbnail, read_square, read_thumbnail
+from curate.formats.pixels import (
+    decode,
+    make_thumbnail,
+    measure_contrast,
+    read_square,
+    read_thumbnail,
+)
 
 MANY = 10_000_000
 EXIF_ORIENTATION = 0x0112
@@ -287,3 +293,20 @@ def test_a_square_is_upright() -> None:
     pixels = read_square(make_thumbnail(image, 128), 64)
     assert pixels[:, :28].max() < 40
     assert pixels[:, 36:].min() > 215
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (900, 700)])
+def test_a_picture_of_one_colour_has_no_contrast(size: tuple[int, int]) -> None:
+    assert measure_contrast(Image.new("RGB", size, (250, 130, 3))) == 0
+
+
+def test_contrast_is_that_of_the_strongest_channel() -> None:
+    image = Image.new("RGB", (60, 40), (0, 90, 9))
+    image.paste((255, 90, 29), (0, 0, 30, 40))
+    assert measure_contrast(image) == 127.5
+
+
+def test_a_fine_pattern_is_not_taken_for_one_colour() -> None:
+    dots = np.indices((901, 700)).sum(0) % 2 * 255
+    image = Image.fromarray(dots.astype(np.uint8)).convert("RGB")
+    assert measure_contrast(image) == pytest.approx(127.5, abs=3)

@@ -116,6 +116,7 @@ def test_pixel_facts(room: Room) -> None:
         image = images[key]
         digest = hashlib.sha256(image).hexdigest() if image else None
         assert row["sha256"] == digest, key
+        assert (row["image_contrast"] is None) == (key in reasons or not row["width"]), key
     assert (facts["whole"]["width"], facts["whole"]["height"]) == (60, 50)
     assert (facts["large"]["width"], facts["large"]["height"]) == (300, 200)
     for key in ("zero", "broken", "blind"):
