@@ -3,9 +3,6 @@
 Wants playwright and Debian's chromium (`apt-get install chromium`, `pip install playwright`).
 """
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,10 @@ from curate.stages.base import Room
 from curate.stages.report import RunFacts, write_report
 from curate.stages.report_compare import Side, write_comparison
 from curate.storage import vector_column
+from tests.report.conftest import OpenPage
 from tests.stages.test_report import FACTS, decisions, lay_out
 from tests.stages.test_report_compare import change
 from tests.support import sample_pairs
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("chromium is not installed", allow_module_level=True)
 
 HOSTILE = "<img src=x onerror=alert(1)> \u202ezebra"
 ODD = (
@@ -74,40 +66,8 @@ def add_vectors(room: Room, vectors: dict[str, Any]) -> None:
         room.commit_shard("embed.vectors", shard, pa.table({"uid": uids, "image_emb": column}))
 
 
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where pictures of the pages are left: pytest's folder, or CURATE_SCREENSHOTS."""
-    chosen = os.environ.get("CURATE_SCREENSHOTS")
-    return Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-def open_page(browser: Any, path: Path, **settings: Any) -> Any:
-    """Open a page on which any complaint of the browser fails the test."""
-    page = browser.new_page(**settings)
-    page.context.set_offline(True)
-    page.on("request", lambda request: local_only(request.url))
-    page.on("console", lambda message: pytest.fail(f"console: {message.text}"))
-    page.on("pageerror", lambda error: pytest.fail(f"error: {error}"))
-    page.on("dialog", lambda dialog: pytest.fail(f"dialog: {dialog.message}"))
-    page.goto(path.as_uri())
-    return page
-
-
-def local_only(url: str) -> None:
-    if not url.startswith("file:"):
-        pytest.fail(f"asks the network: {url}")
-
-
-def test_opens_from_disk_and_shows_pictures(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_opens_from_disk_and_shows_pictures(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     assert page.title() == "curate report"
     page.locator("#galleries").scroll_into_view_if_needed()
     # The page's policy keeps a browser's driver from waiting by a function, too.
@@ -120,11 +80,10 @@ def test_opens_from_disk_and_shows_pictures(browser: Any, page_path: Path) -> No
     out = str(page_path.parents[1]).replace("'", "'\\''")
     command = page.locator("#wall code.show").first.inner_text()
     assert command.startswith(f"curate show '{out}' ")
-    page.close()
 
 
-def test_the_slider_moves_counts_and_samples(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_the_slider_moves_counts_and_samples(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     setting = page.locator("#setting")
     assert setting.inner_text() == "--set select.max_mismatch_rate=0.05"
 
@@ -144,11 +103,10 @@ def test_the_slider_moves_counts_and_samples(browser: Any, page_path: Path) -> N
     assert look() != after
     page.keyboard.press("ArrowLeft")
     assert look() == after
-    page.close()
 
 
-def test_galleries_and_search(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_galleries_and_search(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     for number in range(page.locator("#chips button").count()):
         chip = page.locator("#chips button").nth(number)
         chip.focus()
@@ -164,32 +122,29 @@ def test_galleries_and_search(browser: Any, page_path: Path) -> None:
     page.locator("a[data-gallery=decode_error]").click()
     assert page.locator("#wall h3").inner_text() == "Unreadable"
     assert page.locator("#search").input_value() == ""
-    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_can_be_read(browser: Any, page_path: Path, scheme: str) -> None:
-    page = open_page(browser, page_path, color_scheme=scheme)
+def test_light_and_dark_can_be_read(open_page: OpenPage, page_path: Path, scheme: str) -> None:
+    page = open_page(page_path, color_scheme=scheme)
     ink, paper = page.evaluate(
         "(() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
         ".map((c) => c.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)); })()"
     )
     assert (ink > paper) == (scheme == "dark")
     assert abs(ink - paper) > 500
-    page.close()
 
 
 @pytest.mark.parametrize("width", [400, 320, 1200])
-def test_nothing_scrolls_sideways(browser: Any, page_path: Path, width: int) -> None:
-    page = open_page(browser, page_path, viewport={"width": width, "height": 800})
+def test_nothing_scrolls_sideways(open_page: OpenPage, page_path: Path, width: int) -> None:
+    page = open_page(page_path, viewport={"width": width, "height": 800})
     page.locator("#wall summary").first.click()
     sizes = "[document.documentElement.scrollWidth, document.querySelector('header').scrollWidth]"
     assert max(page.evaluate(sizes)) <= width
-    page.close()
 
 
-def test_every_control_is_reached_by_keyboard(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_every_control_is_reached_by_keyboard(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     stop = (
@@ -210,11 +165,10 @@ def test_every_control_is_reached_by_keyboard(browser: Any, page_path: Path) -> 
         ".map(n => n.outerHTML)"
     )
     assert page.locator(controls).evaluate_all(missed) == []
-    page.close()
 
 
-def test_odd_text_is_text(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_odd_text_is_text(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     for needle, shown in (("שלום", "[U+202E]"), ("xxxxx", "(10,000 characters)"), ("a␀b", "␛[2J")):
         page.locator("#search").fill(needle)
         caption = page.locator("#wall .caption").first
@@ -223,11 +177,10 @@ def test_odd_text_is_text(browser: Any, page_path: Path) -> None:
     for needle in ("👩‍👩‍👧‍👦", "</script>"):
         page.locator("#search").fill(needle)
         assert needle in page.locator("#wall .caption").first.inner_text()
-    page.close()
 
 
-def test_pointing_at_the_map_shows_that_sample(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_pointing_at_the_map_shows_that_sample(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     plane = page.locator("#plane")
     plane.scroll_into_view_if_needed()
     box = plane.bounding_box()
@@ -245,11 +198,10 @@ def test_pointing_at_the_map_shows_that_sample(browser: Any, page_path: Path) ->
     plane.focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#here code.show").text_content() != before
-    page.close()
 
 
-def test_dots_take_the_colour_of_what_is_asked(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_dots_take_the_colour_of_what_is_asked(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     buttons = page.locator("#colours button")
     assert buttons.all_inner_texts() == ["verdict", "rarity", "cluster"]
     seen = set()
@@ -259,11 +211,10 @@ def test_dots_take_the_colour_of_what_is_asked(browser: Any, page_path: Path) ->
         fills = "nodes => nodes.map(n => getComputedStyle(n).fill)"
         seen.add(tuple(page.locator("#plane .dot").evaluate_all(fills)))
     assert len(seen) == 3
-    page.close()
 
 
-def test_regions_show_their_samples(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path)
+def test_regions_show_their_samples(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path)
     regions = page.locator("#regions .region")
     told, shown = page.evaluate(
         "[window.curateReport.density.regions, window.curateReport.density.shown]"
@@ -281,11 +232,10 @@ def test_regions_show_their_samples(browser: Any, page_path: Path) -> None:
     regions.nth(0).focus()
     page.keyboard.press("ArrowRight")
     assert regions.nth(6).evaluate("node => node === document.activeElement")
-    page.close()
 
 
-def test_two_runs_side_by_side(browser: Any, page_path: Path) -> None:
-    page = open_page(browser, page_path.parents[1] / "compare/index.html")
+def test_two_runs_side_by_side(open_page: OpenPage, page_path: Path) -> None:
+    page = open_page(page_path.parents[1] / "compare/index.html")
     assert page.title() == "curate: two runs compared"
     assert page.locator("#wall h3").inner_text() == "Newly dropped"
     first = page.locator("#wall .card").first
@@ -297,19 +247,17 @@ def test_two_runs_side_by_side(browser: Any, page_path: Path) -> None:
     assert page.locator("#curves svg").count() > 5
     page.locator("#changes a").first.click()
     assert page.title() == "curate report"
-    page.close()
 
 
 @pytest.mark.parametrize("place", ["report", "compare"])
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 400)])
 def test_pictures_of_the_pages_are_left_to_look_at(
-    browser: Any, page_path: Path, screenshots: Path, place: str, scheme: str, width: int
+    open_page: OpenPage, page_path: Path, screenshots: Path, place: str, scheme: str, width: int
 ) -> None:
     size = {"width": width, "height": 900}
     path = page_path.parents[1] / place / "index.html"
-    page = open_page(browser, path, color_scheme=scheme, viewport=size)
+    page = open_page(path, color_scheme=scheme, viewport=size)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     target = screenshots / f"{place}-{scheme}-{width}.png"
     page.screenshot(path=target, full_page=True)
     assert target.stat().st_size > 20_000
-    page.close()
