@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from curate import storage
 from curate.engine.finished import open_room, read_finished
 from curate.errors import ConfigError
-from curate.report.page import clean_text
+from curate.report.text import clean_text, tell_score
 from curate.schema import COLUMNS, REASONS, public_columns
 from curate.stages.base import Room
 from curate.stages.report_curves import join_judged, judge, needed_rate
@@ -183,7 +183,7 @@ def _advise_rate(run: _Run, row: dict[str, Any]) -> str:
     rate = needed_rate(judged, limit, row["mismatch_probability"])
     return (
         f"--set select.max_mismatch_rate={rate:g} (about; this run's "
-        f"{run.parameter('select', 'max_mismatch_rate'):g} keeps up to {limit:.3f})"
+        f"{run.parameter('select', 'max_mismatch_rate'):g} keeps up to {tell_score(limit)})"
     )
 
 
@@ -260,8 +260,8 @@ def _describe_scores(found: dict[str, Any]) -> list[str]:
             continue
         if isinstance(value, float) and name != "weight":
             error = found.get(f"{name}_stderr")
-            spread = f" ± {error:.4f}" if error is not None else ""
-            lines.append(f"  {name:<24}{value:>8.4f}{spread:<10}  {direction}".rstrip())
+            spread = f" ± {tell_score(error, 4)}" if error is not None else ""
+            lines.append(f"  {name:<24}{tell_score(value, 4):>8}{spread:<10}  {direction}".rstrip())
     return ["Scores:", *lines] if lines else []
 
 
@@ -274,7 +274,7 @@ def _describe_cluster(found: dict[str, Any], out: str) -> list[str]:
     for member in members[:_SHOWN_MEMBERS]:
         cosine = member["representative_cosine"]
         told = [member["uid"], f"{'kept' if member['keep'] else member['reason']:<20}"]
-        told.append("      " if cosine is None else f"{cosine:.4f}")
+        told.append("      " if cosine is None else tell_score(cosine, 4))
         told.append(clean_text(_line(member["caption"] or ""), 60))
         if member["uid"] == found["representative_uid"]:
             told.append("<- represents it")

@@ -5,8 +5,9 @@ from typing import Any
 
 from curate.report.ablate_words import tell_recommendation
 from curate.report.charts import draw_intervals
-from curate.report.page import clean_text
+from curate.report.page import wrap_name
 from curate.report.plain import wrap_page
+from curate.report.text import clean_text
 from curate.report.words import SPAN
 
 __all__ = ["render_ablation"]
@@ -39,7 +40,8 @@ def _render_head(report: dict[str, Any]) -> str:
     warnings = "".join(f"<li><bdi>{_text(line)}</bdi></li>" for line in report["warnings"])
     return (
         '<section id="overview"><h1>How hard to filter</h1>'
-        f"<p><code>{_text(options.removeprefix('Recommended: '))}</code></p>"
+        '<p class="command">Recommended: '
+        f"<code>{_text(options.removeprefix('Recommended: '))}</code></p>"
         + "".join(f"<p>{_text(line)}</p>" for line in sentences)
         + f"<p>{report['pool']:,} samples, of which {report['held_out']:,} held-out pairs judge; "
         f"each student ({_text(report['model'])}) took {plan['steps']:,} steps of {plan['batch']} "
@@ -80,7 +82,7 @@ def _render_table(report: dict[str, Any]) -> str:
     parts = [p for p in _PARTS if all(p in row["figures"] for row in report["lines"])]
     heads = "".join(f"<th scope=col class=number>{escape(_PARTS[part])}</th>" for part in parts)
     rows = "".join(
-        f'<tr><th scope="row">{_text(row["name"])}</th>'
+        f'<tr><th scope="row">{wrap_name(row["name"])}</th>'
         f'<td class="number">{row["kept"]:,}</td><td class="number">{row["share_dropped"]:.1%}</td>'
         f'<td class="number">{row["seeds"]}{" (stopped)" if row["stopped"] else ""}</td>'
         + "".join(_cell(row["figures"][part]) for part in parts)
@@ -88,9 +90,9 @@ def _render_table(report: dict[str, Any]) -> str:
         for row in report["lines"]
     )
     return (
-        '<section id="settings"><h2>Settings</h2><div class="matrix" tabindex="0">'
-        "<table><caption>Means over seeds; gains over the "
-        "loosest setting, with standard errors over pairs and seeds</caption><thead><tr>"
+        '<section id="settings"><h2>Settings</h2><h3 id="means">Means over seeds; gains over the '
+        "loosest setting, with standard errors over pairs and seeds</h3>"
+        '<div class="matrix" tabindex="0"><table aria-labelledby="means"><thead><tr>'
         "<th scope=col>setting or control</th><th scope=col class=number>kept</th>"
         "<th scope=col class=number>dropped</th><th scope=col class=number>seeds</th>"
         f"{heads}</tr></thead><tbody>{rows}</tbody></table></div></section>"
@@ -98,7 +100,9 @@ def _render_table(report: dict[str, Any]) -> str:
 
 
 def _cell(one: dict[str, Any]) -> str:
-    return f'<td class="number">{one["mean"]:.4f}<br>{one["gain"]:+.4f} ± {one["stderr"]:.4f}</td>'
+    is_loosest = not one["gain"] and not one["stderr"]
+    gain = "–" if is_loosest else f"{one['gain']:+.4f} ± {one['stderr']:.4f}"
+    return f'<td class="number">{one["mean"]:.4f}<br>{gain}</td>'
 
 
 def _text(value: str) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 from curate.report.audit_words import tell_split
 from curate.report.charts import draw_intervals
-from curate.report.page import clean_text
+from curate.report.page import wrap_name
 from curate.report.plain import wrap_page
+from curate.report.text import clean_text
 
 __all__ = ["render_audit"]
 
@@ -54,10 +55,12 @@ def _render_head(report: dict[str, Any], last: dict[str, Any]) -> str:
     )
     warnings = [*report["warnings"], *(w for one in report["checkpoints"] for w in one["warnings"])]
     listed = "".join(f"<li><bdi>{_text(line)}</bdi></li>" for line in dict.fromkeys(warnings))
-    against = report["reference"] or "no reference: held-out samples alone say what is nothing"
+    against = "no reference: held-out samples alone say what is nothing"
+    if report["reference"]:
+        against = f"<code>{_text(report['reference'])}</code>"
     return (
         '<section id="overview"><h1>What the model memorized</h1>'
-        f"<p>{_text(last['name'])}, against {_text(against)}; "
+        f"<p><code>{_text(last['name'])}</code>, against {against}; "
         f"{report['candidates']:,} candidates in {report['clusters']:,} clusters, "
         f"{report['held_out']:,} held-out samples, {_text(', '.join(report['modalities']))}.</p>"
         f'<dl class="tiles">{cards}</dl>'
@@ -77,7 +80,9 @@ def _render_curves(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     for kind, parts in results[-1]["split"].items():
         means = [part["memorization"] for part in parts.values()]
-        charts.append(draw_intervals(f"By {kind}", "last checkpoint", _points(list(parts), means)))
+        points = _points(list(parts), means)
+        is_series = kind == "exposure"
+        charts.append(draw_intervals(f"By {kind}", "last checkpoint", points, is_series))
     return (
         f'<section id="curves"><h2>Curves</h2><div class="charts">{"".join(charts)}</div></section>'
     )
@@ -101,19 +106,19 @@ def _render_parts(last: dict[str, Any]) -> str:
         for name, part in parts.items()
     ]
     cells = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="number">{samples:,}</td>'
+        f'<tr><th scope="row">{wrap_name(name)}</th><td class="number">{samples:,}</td>'
         + (
             f'<td class="number">{one["mean"]:+.4f}</td><td class="number">{one["low"]:+.4f} to '
             f'{one["high"]:+.4f}</td><td class="number">{one["p_value"]:.2g}</td></tr>'
             if one
-            else "<td></td><td></td><td></td></tr>"
+            else '<td class="number">too few</td><td></td><td></td></tr>'
         )
         for name, samples, one in rows
     )
     return (
-        '<section id="parts"><h2>Parts</h2><div class="matrix" tabindex="0">'
-        "<table><caption>Means over samples, last checkpoint; "
-        "intervals over clusters</caption><thead><tr><th scope=col>what</th>"
+        '<section id="parts"><h2>Parts</h2><h3 id="means">Means over samples, last checkpoint; '
+        'intervals over clusters</h3><div class="matrix" tabindex="0">'
+        '<table aria-labelledby="means"><thead><tr><th scope=col>what</th>'
         "<th scope=col class=number>samples</th><th scope=col class=number>mean</th>"
         "<th scope=col class=number>95 %</th><th scope=col class=number>p (signs)</th></tr></thead>"
         f"<tbody>{cells}</tbody></table></div></section>"

@@ -15,9 +15,11 @@ __all__ = [
 
 #: Drawn for a phone's width, so that the letters are never smaller than the page's.
 _WIDTH, _HEIGHT = 360, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 24
 #: Characters of a number that fit beside the axis.
 _MARK_CHARS = 5
+#: Of letters below the axis: the widest, and a line.
+_LETTER, _LINE = 7, 12
 
 
 def draw_bars(start: int, length: int, total: int, dropped: bool) -> str:
@@ -79,8 +81,8 @@ def draw_histogram(
     ends = [at(share) if is_log else round(at(share), digits) for share in (0, 0.5, 1)]
     marks = _mark_across(list(zip(ends, (0.0, 0.5, 1.0), strict=True)))
     marks += _mark_up([(0, 0), (top, 1)], "{:.0%}")
-    told = f"{sum(kept):,} {words[0]} and {sum(dropped):,} {words[1]} samples have one"
-    told += ", logarithmic axis" if is_log else ""
+    told = f"{sum(kept):,} {words[0]} and {sum(dropped):,} {words[1]} have one"
+    told += "; logarithmic axis" if is_log else ""
     return _frame(name, told, "".join(bars) + marks)
 
 
@@ -164,13 +166,20 @@ def draw_steps(title: str, points: Sequence[tuple[float, int]]) -> str:
     return _frame(title, f"{points[0][1]:,} at this run's {points[0][0]}", drawn)
 
 
-def draw_intervals(title: str, told: str, points: Sequence[tuple[str, float, float, float]]) -> str:
-    """Return estimates side by side, joined by a line, with their intervals and one at zero.
+def draw_intervals(
+    title: str,
+    told: str,
+    points: Sequence[tuple[str, float, float, float]],
+    is_series: bool = True,
+) -> str:
+    """Return estimates side by side, with their intervals and a line at zero.
 
     Parameters
     ----------
     title, told : str
     points : sequence of (label, low, middle, high)
+    is_series : bool
+        Whether their order means something, so that a line joins them.
     """
     bottom = min([0.0, *(low for _, low, _, _ in points)])
     top = max([0.0, *(high for _, _, _, high in points)])
@@ -184,10 +193,14 @@ def draw_intervals(title: str, told: str, points: Sequence[tuple[str, float, flo
         f'<line class="now" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down(0):.1f}" '
         f'y2="{down(0):.1f}"/>'
     ]
-    line = " ".join(f"{x:.1f},{down(one[2]):.1f}" for x, one in zip(places, points, strict=True))
-    parts.append(f'<polyline class="line line-a" points="{line}"/>')
+    if is_series:
+        spots = (f"{x:.1f},{down(one[2]):.1f}" for x, one in zip(places, points, strict=True))
+        parts.append(f'<polyline class="line line-a" points="{" ".join(spots)}"/>')
+    room = (_WIDTH - _LEFT) // max(len(points), 1) // _LETTER
+    labels = [_break_label(label, room) for label, *_ in points]
+    longest = max((len(row) for rows in labels for row in rows), default=1)
     # Labels that would run into each other are left out.
-    every = -(-len(points) * max((len(p[0]) for p in points), default=1) * 6 // _WIDTH) or 1
+    every = -(-len(points) * longest * _LETTER // (_WIDTH - _LEFT)) or 1
     for number, (x, (label, low, middle, high)) in enumerate(zip(places, points, strict=True)):
         parts.append(
             f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{down(low):.1f}" '
@@ -195,12 +208,25 @@ def draw_intervals(title: str, told: str, points: Sequence[tuple[str, float, flo
             f'r="4"><title>{escape(label)}: {middle:.3g} ({low:.3g} to {high:.3g})</title></circle>'
         )
         if number % every == 0:
-            parts.append(
-                f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
-                f"{escape(label)}</text>"
-            )
-    marks = _mark_up([(bottom, 0), (bottom + span, 1)], "{:.2g}")
-    return _frame(title, told, "".join(parts) + marks)
+            parts += [
+                f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16 + row * _LINE}" '
+                f'text-anchor="middle">{escape(text)}</text>'
+                for row, text in enumerate(labels[number])
+            ]
+    zero = -bottom / span
+    ends = [(bottom, 0.0), (bottom + span, 1.0)]
+    marks = _mark_up([*ends, (0, zero)] if 0.1 < zero < 0.9 else ends, "{:.2g}")
+    lines = max((len(rows) for rows in labels), default=1)
+    return _frame(title, told, "".join(parts) + marks, more=(lines - 1) * _LINE)
+
+
+def _break_label(label: str, chars: int) -> list[str]:
+    """Cut a label of more characters at the space nearest to its middle."""
+    spaces = [place for place, character in enumerate(label) if character == " "]
+    if len(label) <= chars or not spaces:
+        return [label]
+    place = min(spaces, key=lambda one: abs(one - len(label) / 2))
+    return [label[:place], label[place + 1 :]]
 
 
 def draw_density(
@@ -286,7 +312,8 @@ def _mark_across(marks: Sequence[tuple[float, float]]) -> str:
 def _mark_up(marks: Sequence[tuple[float, float]], pattern: str) -> str:
     drawn = []
     for value, place in marks:
-        text = pattern.format(value)
+        nothing = "0%" if "%" in pattern else "0"
+        text = pattern.format(value) if value else nothing
         if len(text) > _MARK_CHARS:
             text = text.replace("0.", ".", 1)  # or the edge would cut off a minus sign
         drawn.append(
@@ -295,10 +322,11 @@ def _mark_up(marks: Sequence[tuple[float, float]], pattern: str) -> str:
     return "".join(drawn)
 
 
-def _frame(title: str, told: str, drawn: str, legend: str = "") -> str:
+def _frame(title: str, told: str, drawn: str, legend: str = "", more: int = 0) -> str:
+    """Put a title above a drawing that is `more` higher than others."""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}<small>{escape(told)}</small>'
-        f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT + more}" role="img" '
         f'aria-label="{escape(title)}: {escape(told)}">{drawn}</svg>'
         + (f'<p class="legend">{legend}</p>' if legend else "")
         + "</figure>"

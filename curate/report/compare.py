@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from html import escape
 
 from curate.report.charts import draw_histogram, draw_lines
-from curate.report.page import clean_text, render_document, render_galleries, render_table
+from curate.report.page import render_document, render_galleries, render_table, wrap_name
+from curate.report.text import clean_text
 
 __all__ = ["Comparison", "Pair", "render_comparison"]
 
@@ -122,7 +123,8 @@ def _render_totals(found: Comparison) -> str:
     for number, verdict in enumerate(found.verdicts):
         this = sum(row[number] for row in found.moved)
         other = sum(found.moved[number])
-        rows.append((verdict, f"{this:,}", f"{other:,}", f"{this - other:+,}"))
+        more = f"{this - other:+,}".replace("-", "−") if this != other else "0"
+        rows.append((verdict, f"{this:,}", f"{other:,}", more))
     heads = ("verdict", "this run", "the other", "difference")
     return render_table("Samples by verdict", heads, rows, 1)
 
@@ -134,7 +136,7 @@ def _render_matrix(found: Comparison) -> str:
     columns = [c for c in places if any(moved[r][c] for r in places if r != c)]
     if not rows:
         return ""
-    heads = "".join(f'<th class="number">{_break(found.verdicts[c])}</th>' for c in columns)
+    heads = "".join(f'<th class="number">{wrap_name(found.verdicts[c])}</th>' for c in columns)
     lines = []
     for row in rows:
         cells = "".join(
@@ -142,17 +144,12 @@ def _render_matrix(found: Comparison) -> str:
             f"{moved[row][column]:,}</td>"
             for column in columns
         )
-        lines.append(f'<tr><th scope="row">{_break(found.verdicts[row])}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{wrap_name(found.verdicts[row])}</th>{cells}</tr>')
     return (
         "<h3>What changed: from the other run&#39;s verdict (rows) to this run&#39;s (columns)</h3>"
         f'<div class="matrix" tabindex="0"><table><thead><tr><th></th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-def _break(name: str) -> str:
-    """Let a long code wrap after an underscore."""
-    return escape(name).replace("_", "_<wbr>")
 
 
 def _render_curves(found: Comparison) -> str:

@@ -12,19 +12,20 @@ from importlib import resources
 from typing import Any
 
 from curate.report.charts import draw_bars, draw_density, draw_histogram, draw_lines, draw_steps
+from curate.report.text import clean_text, tell_score, tell_share
 
 __all__ = [
     "Chart",
     "Gallery",
     "Group",
     "Overview",
-    "clean_text",
     "read_assets",
     "render_data",
     "render_document",
     "render_galleries",
     "render_page",
     "render_table",
+    "wrap_name",
 ]
 
 #: Characters of a caption that are shown; the whole is in `decisions`.
@@ -121,36 +122,6 @@ def read_assets() -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("report.js", "report.css")}
 
 
-def clean_text(text: str, most: int | None = None) -> str:
-    """Make control characters visible, and cut.
-
-    A NUL, an escape or a mark that turns the writing direction round would not be seen, and would
-    change how what stands beside it looks. Marks within right-to-left text are left alone.
-
-    Parameters
-    ----------
-    text : str
-    most : int, optional
-        Characters to keep.
-    """
-    if most is not None and len(text) > most:
-        text = f"{text[:most]} … ({len(text):,} characters)"
-    return "".join(map(_show_character, text))
-
-
-def _show_character(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
-        return f"[U+{code:04X}]"
-    return "\ufffd" if 0xD800 <= code < 0xE000 else character
-
-
 def render_data(
     rows: dict[str, dict[str, Any]],
     pictures: dict[str, str],
@@ -224,7 +195,15 @@ def render_data(
             "shown": [[place[uid] for uid in uids] for uids in density["shown"]],
         },
         **({"other": other} if other is not None else {}),
-        "curve": curve and {**curve, "ladder": [place[uid] for uid in curve["ladder"]]},
+        "curve": curve
+        and {
+            **curve,
+            "points": [
+                {**one, "told": tell_score(one["limit"]), "setting": str(one["rate"])}
+                for one in curve["points"]
+            ],
+            "ladder": [place[uid] for uid in curve["ladder"]],
+        },
     }
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # Inside JSON these occur in strings only. A script file may hold all of them but the last two;
@@ -248,7 +227,8 @@ def _sample(
         "failed": row["failed_rules"],
         "picture": picture,
         "size": [row["width"], row["height"]] if row["width"] else None,
-        "scores": {n: round(row[n], 4) for n in scores if row.get(n) is not None},
+        "scores": {n: float(f"{row[n]:.6g}") for n in scores if row.get(n) is not None},
+        "told": {n: tell_score(row[n]) for n in scores if row.get(n) is not None},
         "weight": round(row["weight"], 3) if row["keep"] else None,
         "like": representative,
         "merged": [clean_text(text, _SHOWN_CHARS) for text in (row["captions"] or [])[1:6]],
@@ -331,8 +311,8 @@ _SECTIONS = (
 
 
 def _render_head(overview: Overview) -> str:
-    share = overview.kept / max(overview.ingested, 1)
-    tiles = [("kept", f"{share:.1%}", f"{overview.kept:,} of {overview.ingested:,} samples")]
+    behind = f"{overview.kept:,} of {overview.ingested:,} samples"
+    tiles = [("kept", _percent(overview.kept, overview), behind)]
     tiles += [(title, figure, behind) for figure, title, behind in overview.tiles]
     cards = "".join(
         f"<div><dt>{escape(title)}</dt><dd>{escape(figure)}<small>{escape(behind)}</small></dd></div>"
@@ -382,7 +362,7 @@ def _link_gallery(name: str, meaning: str) -> str:
 
 
 def _percent(number: int, overview: Overview) -> str:
-    return f"{number / max(overview.ingested, 1):.1%}"
+    return tell_share(number / max(overview.ingested, 1))
 
 
 def render_galleries() -> str:
@@ -482,21 +462,26 @@ def _render_map(places: dict[str, Any] | None) -> str:
 def _render_run(overview: Overview) -> str:
     total = sum(seconds for _, seconds, _ in overview.times)
     times = [
-        (name, f"{seconds:.1f}", f"{samples / seconds:,.0f}" if seconds else "")
+        (name, f"{seconds:,.1f}", f"{samples / seconds:,.0f}" if seconds else "")
         for name, seconds, samples in overview.times
     ]
     blocks = []
     if times:
-        rows = [*times, ("all of these", f"{total:.1f}", "")]
+        rows = [*times, ("all of these", f"{total:,.1f}", "")]
         blocks.append(render_table("Time", ("stage", "seconds", "samples/s"), rows, 1))
-    if overview.parameters:
-        blocks.append(render_table("Parameters", ("name", "value"), overview.parameters, 9))
     if overview.versions:
         blocks.append(render_table("Versions", ("package", "version"), overview.versions, 9))
     if overview.fingerprints:
         heads = ("table", "fingerprint")
         blocks.append(render_table("Fingerprints", heads, overview.fingerprints, 9))
+    if overview.parameters:
+        blocks.append(render_table("Parameters", ("name", "value"), overview.parameters, 9))
     return f'<section id="run"><h2>Run</h2><div class="tables">{"".join(blocks)}</div></section>'
+
+
+def wrap_name(text: str) -> str:
+    """Return a text as HTML; long names wrap after an underscore."""
+    return escape(clean_text(text)).replace("_", "_<wbr>")
 
 
 def render_table(
@@ -506,8 +491,7 @@ def render_table(
 
     def cell(number: int, text: str, tag: str) -> str:
         kind = ' class="number"' if number >= numbers_from else ""
-        shown = escape(clean_text(text)).replace("_", "_<wbr>")  # long names wrap there
-        return f"<{tag}{kind}>{shown}</{tag}>"
+        return f"<{tag}{kind}>{wrap_name(text)}</{tag}>"
 
     head = "".join(cell(i, text, "th") for i, text in enumerate(heads))
     body = "".join(

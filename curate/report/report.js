@@ -26,8 +26,12 @@
   }
   const out = outPath();
 
-  const percent = (share, digits = 1) =>
-    share === null || share === undefined ? "–" : `${(100 * share).toFixed(digits)}%`;
+  function percent(share, digits = 1) {
+    if (share === null || share === undefined) return "–";
+    const least = 10 ** -digits;
+    const isHidden = share > 0 && 100 * share < least / 2;
+    return isHidden ? `<${least.toFixed(digits)}%` : `${(100 * share).toFixed(digits)}%`;
+  }
   const count = (number) => number.toLocaleString("en-US");
   const LABELS = { mismatch_probability: "mismatch", representative_cosine: "cosine" };
 
@@ -57,11 +61,11 @@
     const caption = sample.caption
       ? make("bdi", { class: "caption", dir: "auto" }, sample.caption)
       : make("em", {}, "no caption");
-    const scores = Object.entries(sample.scores || {});
+    const scores = Object.entries(sample.told || {});
     const shown = options.scores || ["mismatch_probability", "rarity", "representative_cosine"];
     const brief = scores
       .filter(([name]) => shown.includes(name))
-      .map(([name, value]) => `${LABELS[name] || name}\u00a0${value.toFixed(3)}`);
+      .map(([name, told]) => `${LABELS[name] || name} ${told}`);
     if (sample.kind && sample.kind !== "none") brief.unshift(sample.kind);
     return make(
       "figure",
@@ -76,7 +80,7 @@
         ...(sample.merged || []).map((text) =>
           make("bdi", { class: "merged", dir: "auto" }, `+ ${text}`),
         ),
-        make("small", {}, brief.join(" · ")),
+        make("small", { class: "brief" }, ...brief.map((text) => make("span", {}, text))),
         details(sample, scores),
       ),
     );
@@ -92,7 +96,7 @@
       ["copy of", sample.earlier ? `${sample.earlier} of an earlier run` : null],
       ["shows", sample.shows],
       ["weight", sample.weight],
-      ...scores.map(([name, value]) => [name, value.toString()]),
+      ...scores,
     ];
     const list = make("dl", {});
     for (const [name, value] of rows) {
@@ -218,23 +222,24 @@
       } else mark.setAttribute("d", `M${left} ${top - 2.7}l2.7 2.7l-2.7 2.7l-2.7-2.7z`);
       return mark;
     });
+    const swatch = (step) => make("span", { class: `swatch rarity-${step}` });
     // Five steps of rarity; eight colours for clusters, so that neighbours may share one.
     const has = (name) => points.some(([item]) => data.samples[item][name] !== undefined);
     const rarityOf = (sample) => (sample.scores || {}).rarity;
     const COLOURINGS = {
-      verdict: [true, (sample) => (sample.keep ? "kept" : "dropped"), ""],
+      verdict: [true, (sample) => (sample.keep ? "kept" : "dropped"), []],
       rarity: [
         points.some(([item]) => rarityOf(data.samples[item]) !== undefined),
         (sample) => {
           const value = rarityOf(sample);
           return value === undefined ? "plain" : `rarity-${Math.min(4, Math.floor(value * 5))}`;
         },
-        "the darker or, on dark paper, the lighter, the rarer",
+        ["common ", ...[0, 1, 2, 3, 4].map(swatch), " rare"],
       ],
       cluster: [
         has("cluster"),
         (sample) => (sample.cluster === undefined ? "plain" : `cluster-${sample.cluster % 8}`),
-        "one colour per cluster of copies; grey: no copies",
+        ["one colour per cluster of copies; grey: no copies"],
       ],
     };
     function colour(chosen) {
@@ -243,7 +248,8 @@
         const at = marks[number].classList.contains("at") ? " at" : "";
         marks[number].setAttribute("class", `dot ${kind(data.samples[item])}${at}`);
       });
-      find("scale").textContent = told;
+      find("scale").replaceChildren(...told);
+      find("map").dataset.colour = chosen;
       for (const button of find("colours").children) {
         button.setAttribute("aria-pressed", String(button.textContent === chosen));
       }
@@ -304,7 +310,7 @@
         chosen.reduce((total, number) => total + data.density.regions[number][place], 0);
       const items = chosen.flatMap((number) => data.density.shown[number]);
       const told = `${count(sum(0))} samples, ${count(sum(1))} dropped`;
-      const title = items.length < sum(0) ? `${told}; ${items.length} of them` : told;
+      const title = items.length < sum(0) ? `${told}; ${items.length} of them shown here` : told;
       find("region").replaceChildren(
         ...(chosen.length ? [make("h3", {}, title), grid(items, {})] : []),
       );
@@ -346,9 +352,9 @@
 
   function move() {
     const point = curve.points[Number(slider.value)];
-    const setting = `--set select.max_mismatch_rate=${point.rate}`;
+    const setting = `--set select.max_mismatch_rate=${point.setting}`;
     find("setting").textContent = setting;
-    slider.setAttribute("aria-valuetext", `${point.rate}: ${count(point.kept)} kept`);
+    slider.setAttribute("aria-valuetext", `${point.setting}: ${count(point.kept)} kept`);
     const about = point.wider ? "about " : "";
     find("figures").replaceChildren(
       figure("kept", about + count(point.kept), percent(point.kept / curve.ingested)),
@@ -371,10 +377,12 @@
       mark.setAttribute("x2", x);
     }
     const score = (item) => data.samples[item].scores.mismatch_probability;
-    const below = curve.ladder.filter((item) => score(item) <= point.limit + 1e-4);
-    const above = curve.ladder.filter((item) => score(item) > point.limit + 1e-4);
+    // Both were rounded to six digits.
+    const isBelow = (item) => score(item) <= point.limit * (1 + 1e-5);
+    const below = curve.ladder.filter(isBelow);
+    const above = curve.ladder.filter((item) => !isBelow(item));
     const sides = [
-      [`below the line (${point.limit.toFixed(3)})`, below.slice(-LADDER_SIDE).reverse(), true],
+      [`below the line (${point.told})`, below.slice(-LADDER_SIDE).reverse(), true],
       ["above the line: would be dropped", above.slice(0, LADDER_SIDE), false],
     ];
     find("ladder").replaceChildren(

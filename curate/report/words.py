@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from curate.report.page import clean_text
+from curate.report.text import clean_text, tell_share
 
 __all__ = ["SPAN", "describe_facts", "describe_repeated", "describe_unlike", "stage_times"]
 
@@ -117,8 +117,8 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
     detector = facts.get("score", {}).get("mismatch", {})
     if detector.get("share") is not None:
         lines.append(
-            f"Estimated share of mismatched captions: {detector['share']:.1%} "
-            f"(± {SPAN * detector['share_stderr']:.1%})"
+            f"Estimated share of mismatched captions: {tell_share(detector['share'])} "
+            f"(± {tell_share(SPAN * detector['share_stderr'])})"
         )
     if (detector.get("share") or 0) > _NEARLY_ALL:
         lines.append(
@@ -128,7 +128,7 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
     selected = facts.get("select", {})
     mismatch = selected.get("mismatch")
     if mismatch and mismatch["expected_rate"] is not None:
-        lines.append(f"Expected among the kept: {mismatch['expected_rate']:.1%}")
+        lines.append(f"Expected among the kept: {tell_share(mismatch['expected_rate'])}")
     if mismatch and mismatch.get("phantoms_caught"):
         lines.append(_describe_calibration(mismatch))
     if mismatch and mismatch["max_probability"] < 0 and selected["failed"]["mismatched"]:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from curate import storage
 from curate.report.page import Chart, Overview, read_assets, render_data, render_page
+from curate.report.text import tell_share
 from curate.report.words import SPAN, describe_facts, stage_times
 from curate.schema import REASONS
 from curate.stages.base import Room, Stage, Step, Table, one_task
@@ -239,26 +240,28 @@ def _tiles(run: RunFacts) -> list[tuple[str, str, str]]:
     if detector.get("share") is not None:
         within = SPAN * detector["share_stderr"]
         low, high = max(detector["share"] - within, 0), min(detector["share"] + within, 1)
-        behind = f"of all captions, estimated: {low:.1%} to {high:.1%}"
-        tiles.append((f"{detector['share']:.1%}", "mismatched", behind))
+        behind = f"of all captions, estimated: {tell_share(low)} to {tell_share(high)}"
+        tiles.append((tell_share(detector["share"]), "mismatched", behind))
     mismatch = facts.get("select", {}).get("mismatch") or {}
     if mismatch.get("expected_rate") is not None:
         asked = run.parameters().get("select", {}).get("max_mismatch_rate")
         behind = "expected" if asked is None else f"expected; at most {asked:.2%} was asked for"
-        tiles.append((f"{mismatch['expected_rate']:.2%}", "mismatched among the kept", behind))
+        figure = tell_share(mismatch["expected_rate"], 2)
+        tiles.append((figure, "mismatched among the kept", behind))
     recall = facts.get("dedup", {}).get("recall", {})
     if recall.get("recall") is not None:
         behind = f"of pairs that brute force finds, by {recall['rows']} samples"
         if recall.get("interval"):
             low, high = recall["interval"]
-            behind += f": {low:.2%} to {high:.2%}"
-        tiles.append((f"{recall['recall']:.2%}", "duplicate pairs found", behind))
+            behind += f": {tell_share(low, 2)} to {tell_share(high, 2)}"
+        tiles.append((tell_share(recall["recall"], 2), "duplicate pairs found", behind))
     caught = mismatch.get("phantoms_caught") or {}
     if caught.get("random") is not None:
         near = caught.get("near_image")
-        behind = "" if near is None else f"and {near:.0%} of captions of look-alikes"
-        tiles.append((f"{caught['random']:.0%}", "of planted captions caught", behind))
-    lost = [mismatch.get(name) for name in ("rare_dropped", "common_dropped")]
-    if lost[0] is not None and lost[1] is not None:
-        tiles.append((f"{lost[0]:.0%}", "of rare samples lost", f"and {lost[1]:.0%} of the common"))
+        behind = "" if near is None else f"and {tell_share(near, 0)} of captions of look-alikes"
+        tiles.append((tell_share(caught["random"], 0), "of planted captions caught", behind))
+    rare, common = (mismatch.get(name) for name in ("rare_dropped", "common_dropped"))
+    if rare is not None and common is not None:
+        behind = f"and {tell_share(common, 0)} of the common"
+        tiles.append((tell_share(rare, 0), "of rare samples lost", behind))
     return tiles

@@ -218,9 +218,9 @@ def trade_off(
         points.append(
             {
                 "rate": rate,
-                "limit": round(found, 6),
+                "limit": _shorten(found),
                 "kept": round(int(kept.sum()) * judged.scale),
-                "expected": _mean(probability[kept & scored], 6),
+                "expected": _mean(probability[kept & scored]),
                 "rare_lost": _mean(lost[scored & rare]),
                 "common_lost": _mean(lost[scored & ~rare]),
                 "caught": {kind: _mean(planted > found) for kind, planted in phantoms.items()},
@@ -256,8 +256,13 @@ def _kept_up_to(judged: Judged, limit: float, wanted: float) -> Array:
     return kept
 
 
-def _mean(values: Array, digits: int = 4) -> float | None:
-    return round(float(values.mean()), digits) if len(values) else None
+def _mean(values: Array) -> float | None:
+    return _shorten(float(values.mean())) if len(values) else None
+
+
+def _shorten(value: float) -> float:
+    """Six digits from the first that is not nothing on: rates go down to 1e-7."""
+    return float(f"{value:.6g}")
 
 
 def bar_range(name: str, low: float, high: float) -> tuple[float, float]:

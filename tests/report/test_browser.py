@@ -105,6 +105,32 @@ def test_the_slider_moves_counts_and_samples(open_page: OpenPage, page_path: Pat
     assert look() == after
 
 
+def test_small_probabilities_are_told_and_fall_on_their_side(
+    open_page: OpenPage, page_path: Path
+) -> None:
+    page = open_page(page_path)
+    samples, curve = page.evaluate("[window.curateReport.samples, window.curateReport.curve]")
+    name = "mismatch_probability"
+    least = min((samples[item] for item in curve["ladder"]), key=lambda one: one["scores"][name])
+    assert least["scores"][name] < 1e-4
+    page.locator("#search").fill(least["uid"])
+    card = page.locator("#wall .card")
+    assert f"mismatch {least['told'][name]}" in card.inner_text()
+    card.locator("summary").click()
+    assert least["told"][name] in card.locator("dd").all_inner_texts()
+    page.locator("#rate").focus()
+    page.keyboard.press("Home")
+    sides = page.locator("#ladder .group")
+    assert (
+        sides.nth(0).locator("h4").inner_text() == f"below the line ({curve['points'][0]['told']})"
+    )
+    for side, is_below in ((0, True), (1, False)):
+        for card in sides.nth(side).locator(".card").all():
+            uid = card.locator("code.show").text_content().split()[-1]
+            (value,) = [one["scores"][name] for one in samples if one["uid"] == uid]
+            assert (value <= curve["points"][0]["limit"] * (1 + 1e-5)) == is_below
+
+
 def test_galleries_and_search(open_page: OpenPage, page_path: Path) -> None:
     page = open_page(page_path)
     for number in range(page.locator("#chips button").count()):
@@ -250,7 +276,8 @@ def test_two_runs_side_by_side(open_page: OpenPage, page_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["report", "compare"])
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 400)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
 def test_pictures_of_the_pages_are_left_to_look_at(
     open_page: OpenPage, page_path: Path, screenshots: Path, place: str, scheme: str, width: int
 ) -> None:
@@ -261,3 +288,38 @@ def test_pictures_of_the_pages_are_left_to_look_at(
     target = screenshots / f"{place}-{scheme}-{width}.png"
     page.screenshot(path=target, full_page=True)
     assert target.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 400)])
+def test_pictures_of_what_a_reader_does_are_left_too(
+    open_page: OpenPage, page_path: Path, screenshots: Path, scheme: str, width: int
+) -> None:
+    page = open_page(page_path, color_scheme=scheme, viewport={"width": width, "height": 900})
+
+    def leave(name: str, section: str) -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        target = screenshots / f"report-{name}-{scheme}-{width}.png"
+        page.locator(section).screenshot(path=target)
+        assert target.stat().st_size > 5_000
+
+    chips = page.locator("#chips button")
+    for number in range(chips.count()):
+        chips.nth(number).click()
+        leave(str(chips.nth(number).get_attribute("data-name")), "#galleries")
+    page.locator("#search").fill("zebra")
+    page.locator("#wall summary").nth(1).click()
+    opened = page.locator("#wall .card").nth(1)
+    other = page.locator("#wall .card").nth(2)
+    # What is known of a sample has room for two columns, and does not stretch its neighbours.
+    assert opened.bounding_box()["width"] > 1.9 * other.bounding_box()["width"]
+    assert opened.bounding_box()["height"] > 1.2 * other.bounding_box()["height"]
+    leave("search", "#galleries")
+    page.locator("#rate").fill("9")
+    leave("slider", "#threshold")
+    page.locator("#regions .region").last.click()
+    page.locator("#regions .region").nth(-2).click()
+    leave("regions", "#curves")
+    for button in page.locator("#colours button").all():
+        button.click()
+        page.locator("#plane").hover()
+        leave(f"map-{button.inner_text()}", "#map")

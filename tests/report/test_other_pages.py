@@ -13,8 +13,8 @@ from curate.ablate import ablating
 from curate.audit import auditing
 from curate.report.ablate_page import render_ablation
 from curate.report.audit_page import render_audit
-from curate.report.page import clean_text
 from curate.report.plain import read_style
+from curate.report.text import clean_text
 from curate.stages.report import RunFacts, write_report
 from curate.stages.report_compare import Side, write_comparison
 from tests.ablate.finished import write_run

@@ -14,11 +14,11 @@ from curate.report.page import (
     Gallery,
     Group,
     Overview,
-    clean_text,
     read_assets,
     render_data,
     render_page,
 )
+from curate.report.text import clean_text, tell_score, tell_share
 from curate.report.words import describe_facts
 from curate.stages.report_curves import BINS, bar_range, count_bins
 
@@ -191,6 +191,42 @@ def test_samples_name_those_they_are_like() -> None:
     assert "picture" not in copy
     assert kept["scores"] == {"mismatch_probability": 0.25}
     assert kept["merged"] == ["one cat"]
+
+
+@pytest.mark.parametrize(
+    ("value", "told", "longer"),
+    [
+        (0.0, "0", "0"),
+        (0.42718, "0.427", "0.4272"),
+        (1.0, "1.000", "1.0000"),
+        (-0.0614, "-0.061", "-0.0614"),
+        (0.001, "0.001", "0.0010"),
+        (0.00031649, "0.00032", "0.0003"),
+        (-0.00031649, "-0.00032", "-0.0003"),
+        (2.1493e-6, "2.1e-06", "2.1e-06"),
+    ],
+)
+def test_small_numbers_are_not_shown_as_nothing(value: float, told: str, longer: str) -> None:
+    assert (tell_score(value), tell_score(value, 4)) == (told, longer)
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(0.0, "0.0%"), (3 / 8121, "<0.1%"), (0.0006, "0.1%"), (0.5, "50.0%"), (0.9999, ">99.9%"),
+     (1.0, "100.0%")],
+)  # fmt: skip
+def test_shares_of_a_few_are_not_nothing(share: float, told: str) -> None:
+    assert tell_share(share) == told
+    assert f"{share:.1%}" == told or told[0] in "<>"
+
+
+def test_samples_and_stops_tell_how_small_a_probability_is() -> None:
+    rows = {"a": row("a", mismatch_probability=3.21654987e-7, rarity=0.5)}
+    curve = {**CURVE, "points": [{**CURVE["points"][0], "limit": 1.5e-7}], "ladder": ["a"]}
+    found = load(render_data(rows, {}, ("mismatch_probability", "rarity"), [], curve))
+    assert found["samples"][0]["told"] == {"mismatch_probability": "3.2e-07", "rarity": "0.500"}
+    assert found["samples"][0]["scores"]["mismatch_probability"] == 3.21655e-7
+    assert found["curve"]["points"][0]["told"] == "1.5e-07"
 
 
 def test_numbers_beside_an_axis_keep_their_sign() -> None:
