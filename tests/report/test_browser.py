@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from curate.stages.base import Room
@@ -41,6 +42,10 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = [text if n % 9 else ODD[n // 9 % len(ODD)] for n, text in enumerate(captions)]
     for name in ("caption", "key"):
         table = table.set_column(table.column_names.index(name), name, [captions])
+    # As real ones are: most are far below a thousandth.
+    place = table.column_names.index("mismatch_probability")
+    small = pc.power(table.column(place), pa.scalar(5, pa.float32()))
+    table = table.set_column(place, table.schema.field(place), small)
     vectors = np.random.default_rng(0).normal(size=(len(table), 8)).astype(np.float32)
     rows = zip(table["uid"].to_pylist(), vectors, strict=True)
     room = lay_out(out / "stages", table, image, 2)
@@ -302,10 +307,9 @@ def test_pictures_of_what_a_reader_does_are_left_too(
         page.locator(section).screenshot(path=target)
         assert target.stat().st_size > 5_000
 
-    chips = page.locator("#chips button")
-    for number in range(chips.count()):
-        chips.nth(number).click()
-        leave(str(chips.nth(number).get_attribute("data-name")), "#galleries")
+    for gallery in ("threshold", "clusters", "memorized", "unreadable", "duplicate_perceptual"):
+        page.locator(f"#chips button[data-name={gallery}]").click()
+        leave(gallery, "#galleries")
     page.locator("#search").fill("zebra")
     page.locator("#wall summary").nth(1).click()
     opened = page.locator("#wall .card").nth(1)
