@@ -143,7 +143,7 @@ def draw_lines(
 def _percents(top: float) -> str:
     """Format that tells half of `top` from nothing, in the room beside an axis."""
     if 0 < top < 1e-4:
-        return "{:.1g}"
+        return "{:.2g}"
     digits = 0 if top > 0.05 or top <= 0 else max(2, math.ceil(-math.log10(top)) - 1)
     return f"{{:.{digits}%}}"
 
@@ -315,7 +315,8 @@ def _mark_up(marks: Sequence[tuple[float, float]], pattern: str) -> str:
         nothing = "0%" if "%" in pattern else "0"
         text = pattern.format(value) if value else nothing
         if len(text) > _MARK_CHARS:
-            text = text.replace("0.", ".", 1)  # or the edge would cut off a minus sign
+            # Or the edge would cut off a minus sign.
+            text = text.replace("0.", ".", 1).replace("e-0", "e-")
         drawn.append(
             f'<text x="{_LEFT - 6}" y="{_down(place) + 4:.1f}" text-anchor="end">{text}</text>'
         )

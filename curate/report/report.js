@@ -3,7 +3,8 @@
 (() => {
   const data = window.curateReport;
   const find = (id) => document.getElementById(id);
-  const SHOWN_AT_ONCE = 48;
+  // On a phone, two abreast, 48 are ten screens before whatever comes next.
+  const SHOWN_AT_ONCE = matchMedia("(max-width: 34rem)").matches ? 12 : 48;
   const LADDER_SIDE = 8;
 
   function make(tag, attributes, ...children) {

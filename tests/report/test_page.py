@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curate.report.charts import draw_histogram, draw_intervals
+from curate.report.charts import draw_histogram, draw_intervals, draw_lines
 from curate.report.page import (
     Chart,
     Gallery,
@@ -235,6 +235,27 @@ def test_numbers_beside_an_axis_keep_their_sign() -> None:
     )
     assert ">-.0098</text>" in drawn
     assert ">0.025</text>" in drawn
+    expected = [("expected", "b", [0.0, 1.3e-5])]
+    drawn = draw_lines("Expected", "rate", [0.01, 0.02], expected, None)
+    for told in (">0</text>", ">6.8e-6</text>", ">1.4e-5</text>"):
+        assert told in drawn
+
+
+def test_parts_are_not_joined_and_long_labels_stand_in_two_lines() -> None:
+    labels = ("rare and right", "common and wrong", "common and right")
+    points = [(label, 0.1, 0.2, 0.3) for label in labels]
+    drawn = draw_intervals("By rarity and verdict", "last", points, is_series=False)
+    assert "polyline" not in drawn
+    assert [drawn.count(f">{text}</text>") for text in ("common", "and wrong", "and right")] == [
+        2,
+        1,
+        1,
+    ]
+    assert 'viewBox="0 0 360 202"' in drawn
+    drawn = draw_intervals("Gain", "by share", [("5%", -1.0, 0.5, 2.0), ("6%", -0.5, 0.5, 1.0)])
+    assert "polyline" in drawn
+    assert 'viewBox="0 0 360 190"' in drawn
+    assert ">0</text>" in drawn
 
 
 def test_what_the_report_warns_of_is_told_at_the_end_of_a_run() -> None:
