@@ -46,7 +46,7 @@ def tell_score(value: float, decimals: int = 3) -> str:
     """
     if value == 0:
         return "0"
-    return f"{value:.{decimals}f}" if abs(value) >= 10**-decimals else f"{value:.2g}"
+    return f"{value:.{decimals}f}" if abs(value) >= 10**-decimals else f"{value:#.2g}"
 
 
 def tell_share(share: float, decimals: int = 1) -> str:

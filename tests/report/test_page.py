@@ -204,6 +204,7 @@ def test_samples_name_those_they_are_like() -> None:
         (0.00031649, "0.00032", "0.0003"),
         (-0.00031649, "-0.00032", "-0.0003"),
         (2.1493e-6, "2.1e-06", "2.1e-06"),
+        (6.0e-7, "6.0e-07", "6.0e-07"),
     ],
 )
 def test_small_numbers_are_not_shown_as_nothing(value: float, told: str, longer: str) -> None:
