@@ -10,16 +10,29 @@ import numpy as np
 
 from curate.audit.measures import Embeddings
 from curate.errors import InputError
+from curate.models import OPEN_CLIP
 
-__all__ = ["embed", "list_checkpoints", "read_folder"]
+__all__ = ["embed", "is_named", "list_checkpoints", "read_folder", "step_of"]
 
 Array = np.ndarray[Any, Any]
 
 _PARTS = ("candidates", "held_out")
 
 
+def is_named(checkpoint: str) -> bool:
+    """Tell a name, `open_clip:MODEL/PRETRAINED`, from a path."""
+    return checkpoint.startswith(f"{OPEN_CLIP}:")
+
+
+def step_of(checkpoint: str) -> int | None:
+    """Return the last number in a file's name; None if there is none, or no file."""
+    path = checkpoint.partition("/")[2] if is_named(checkpoint) else checkpoint
+    numbers = re.findall(r"\d+", Path(path).stem) if Path(path).exists() else []
+    return int(numbers[-1]) if numbers else None
+
+
 def list_checkpoints(patterns: Sequence[str]) -> list[str]:
-    """Return files, or folders of embeddings, in natural order: epoch_2 before epoch_10.
+    """Return files, folders of embeddings or names, in natural order: epoch_2 before epoch_10.
 
     Raises
     ------
@@ -28,9 +41,13 @@ def list_checkpoints(patterns: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern)
+        is_one = is_named(pattern) or Path(pattern).exists()
+        matches = [pattern] if is_one else glob.glob(pattern)
         if not matches:
-            raise InputError(f"{pattern}: must match a checkpoint; matches none. Check the path.")
+            raise InputError(
+                f"{pattern}: must match a checkpoint; matches none. Check the path, or name "
+                f"published weights as {OPEN_CLIP}:MODEL/PRETRAINED."
+            )
         found += matches
     return sorted(dict.fromkeys(found), key=_natural)
 
