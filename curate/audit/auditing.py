@@ -11,7 +11,7 @@ import pyarrow as pa
 from curate import storage
 from curate.audit.copies import Looks, find_copies, look_at
 from curate.audit.measures import Embeddings, Measures, measure
-from curate.audit.models import is_named, list_checkpoints, read_folder, step_of
+from curate.audit.models import find_shared, is_named, list_checkpoints, read_folder, step_of
 from curate.audit.panel import Panel, embed_panel, finished_run, join_run, list_samples
 from curate.audit.recall import Recall, measure_recall, name_objects
 from curate.engine.finished import read_finished
@@ -184,13 +184,35 @@ class _Folders:
             raise InputError(f"{names}: must hold {number} uids, one a line; got {len(uids)}.")
         self.known = _Known(uids, np.array(uids, str))
         self.known.warnings.append(
-            "held-out samples were not compared with the candidates, as there are embeddings alone"
+            "held-out samples were compared with the candidates by equal embeddings alone"
         )
+        self._shared = find_shared(first)
+        self._count = np.shape(next(iter(first.held_out.values())))[-2]
+        if len(self._shared):
+            self._refuse(paths[0], request)
         if request.run:
             _take_run(self.known, request.run)
 
+    def _refuse(self, path: str, request: Request) -> None:
+        if not request.drop_overlap:
+            raise InputError(
+                f"{path}: held_out must hold nothing that is among the candidates; "
+                f"{len(self._shared)} of {self._count} samples are (by equal embeddings), the "
+                f"first in row {self._shared[0]}. Leave them out with --drop-overlap, or write "
+                "others."
+            )
+        self.known.warnings.append(
+            f"{len(self._shared)} held-out samples are among the candidates (by equal embeddings): "
+            "left out"
+        )
+
     def load(self, path: str) -> Embeddings:
-        return read_folder(path)
+        found = read_folder(path)
+        names = found.held_out
+        if not len(self._shared) or np.shape(next(iter(names.values())))[-2] != self._count:
+            return found
+        rest = {name: np.delete(rows, self._shared, axis=-2) for name, rows in names.items()}
+        return Embeddings(found.candidates, rest)
 
 
 class _Checkpoints:

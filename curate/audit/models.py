@@ -12,7 +12,7 @@ from curate.audit.measures import Embeddings
 from curate.errors import InputError
 from curate.models import OPEN_CLIP
 
-__all__ = ["embed", "is_named", "list_checkpoints", "read_folder", "step_of"]
+__all__ = ["embed", "find_shared", "is_named", "list_checkpoints", "read_folder", "step_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -76,6 +76,29 @@ def read_folder(folder: str) -> Embeddings:
             )
         found.append({path.stem: _read_array(path) for path in paths})
     return Embeddings(*found)
+
+
+def find_shared(given: Embeddings) -> Array:
+    """Find held-out samples whose embeddings are those of a candidate, number by number.
+
+    Of candidates that are equal to each other nothing is told: a model that makes the same of all
+    would share everything.
+
+    Returns
+    -------
+    (K,) int64
+        Rows of held-out samples, ascending.
+    """
+    candidates, held_out = (
+        np.concatenate([np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in side], axis=1)
+        for side in given.arrays()
+    )
+    whose: dict[bytes, int] = {}
+    for row in candidates:
+        key = row.tobytes()
+        whose[key] = whose.get(key, 0) + 1
+    shared = [place for place, row in enumerate(held_out) if whose.get(row.tobytes()) == 1]
+    return np.array(shared, np.int64)
 
 
 def _read_array(path: Path) -> Array:

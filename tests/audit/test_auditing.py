@@ -279,6 +279,18 @@ def test_a_panel_of_one(trained: Trained, tmp_path: Path) -> None:
         run(trained.request(held_out=(str(tar),)))
 
 
+def test_a_reference_that_has_seen_the_candidates(trained: Trained) -> None:
+    """The checkpoint before the last stands for a model that has not; it has."""
+    report = run(trained.request(reference=str(trained.folder / "epoch_9.pt"), search=False))
+    (line,) = [w for w in report["checkpoints"][0]["warnings"] if "reference" in w]
+    assert "it has probably seen them" in line
+    assert "sign test, p " in line
+    assert f"Warning: {line}" in describe_audit(report)
+    unseen = str(trained.folder / "reference.safetensors")
+    report = run(trained.request(reference=unseen, search=False))
+    assert not any("reference" in line for line in report["checkpoints"][0]["warnings"])
+
+
 def test_what_is_missing_is_named(trained: Trained, tmp_path: Path) -> None:
     for name in ("model", "candidates", "held_out"):
         with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')}: must be given"):
@@ -315,6 +327,42 @@ def test_folders_of_embeddings_of_three_modalities(tmp_path: Path) -> None:
     (model / "held_out" / "sound.npy").unlink()
     with pytest.raises(InputError, match="must hold the modalities"):
         run(Request((str(model),)))
+
+
+def test_folders_whose_held_out_samples_are_candidates(tmp_path: Path) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    for name in ("image", "text", "sound"):
+        paths = [model / part / f"{name}.npy" for part in ("candidates", "held_out")]
+        candidates, held_out = (np.load(path) for path in paths)
+        np.save(paths[1], np.concatenate([held_out, candidates[4:7]]), allow_pickle=False)
+    with pytest.raises(InputError, match=r"3 of 93 samples are .* the first in row 90"):
+        run(Request((str(model),)))
+    done = curate("audit", model, "--drop-overlap", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["held_out"] == 90
+    assert "3 held-out samples are among the candidates" in report["warnings"][1]
+    clean = write_embeddings(tmp_path / "clean", 1, 0)
+    assert (
+        report["checkpoints"][0]["estimates"]
+        == run(Request((str(clean),)))["checkpoints"][0]["estimates"]
+    )
+    # What a model that has collapsed makes of all is no sign of anything.
+    for path in clean.glob("*/*.npy"):
+        np.save(path, np.ones((90, 16)), allow_pickle=False)
+    assert run(Request((str(clean),)))["held_out"] == 90
+
+
+def test_folders_of_different_widths(tmp_path: Path) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    for part in ("candidates", "held_out"):
+        path = model / part / "text.npy"
+        np.save(path, np.load(path)[:, :9], allow_pickle=False)
+    done = curate("audit", model)
+    assert done.returncode == 2
+    assert "candidates text: must be 16 numbers wide, as candidates image; got 9." in only_error(
+        done.stderr
+    )
 
 
 def write_run(out: Path, uids: list[str]) -> Path:
