@@ -2,9 +2,10 @@
 
 Swaps captions in a copy of a finished run, between pairs that differ by name, cluster and caption;
 runs `score` and `select` on that anew, then `curate ablate`. Prints one JSON line: what share the
-recommended setting drops of what the loosest keeps, of what planted share, and what it gained; with
-several models also how alike each two rank the settings, and what one loses by the setting that is
-recommended for the other. All stays in WORK, so that a benchmark that was stopped goes on.
+recommended setting drops of what the loosest keeps, of what planted share, what it gained and what
+the best of the others would have needed; with several models also how alike each two rank the
+settings, and what one loses by the setting that is recommended for the other. All stays in WORK, so
+that a benchmark that was stopped goes on.
 """
 
 import json
@@ -124,6 +125,7 @@ def _judge(out: Path, report: dict[str, Any]) -> dict[str, Any]:
         "best": found["best"],
         "is_better": found["is_better"],
         "gain": [round(found["gain"][name], 4) for name in ("mean", "stderr")],
+        "needed": round(found["rival"]["needed"], 4),
         "versus": {
             kind: [round(one[name], 4) for name in ("mean", "stderr")]
             for kind, one in found["versus"].items()

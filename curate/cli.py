@@ -263,10 +263,10 @@ def export(
 
 @main.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
-@click.option("--model", help="open_clip's name of the architecture, or a .json that describes it.")
+@click.option("--model", help="open_clip's name of files' architecture, or a .json describing it.")
 @click.option("--candidates", multiple=True, metavar="PATH", help="What the model trained on.")
 @click.option("--held-out", multiple=True, metavar="PATH", help="Pairs like these, not trained on.")
-@click.option("--reference", metavar="FILE", help="A checkpoint that has not seen the candidates.")
+@click.option("--reference", metavar="CHECKPOINT", help="One that has not seen the candidates.")
 @click.option("--run", "run_out", metavar="OUT", help="Finished run that judged the candidates.")
 @click.option("--output", "-o", "out", metavar="DIR", help="Where to write table and page.")
 @click.option(
@@ -292,9 +292,10 @@ def audit(
 ) -> None:
     """Measure what trained models memorized.
 
-    CHECKPOINT is a file (safetensors, or a state dict of torch.save), a quoted pattern, or a folder
-    of embeddings: candidates/NAME.npy and held_out/NAME.npy for each modality. Several give the
-    curve over training. Exit code 3: a limit was exceeded.
+    CHECKPOINT is a file (safetensors, or a state dict of torch.save), a quoted pattern, the name
+    open_clip:MODEL/PRETRAINED of published weights, or a folder of embeddings: candidates/NAME.npy
+    and held_out/NAME.npy for each modality. Several give the curve over training. Exit code 3: a
+    limit was exceeded.
     """
     from curate.audit import auditing
     from curate.audit.tracking import track_series

@@ -12,7 +12,7 @@ from curate.ablate.labels import read_labels, read_uids
 from curate.ablate.pairs import Pairs, choose_pairs
 from curate.ablate.rounds import Line, Pool, Rounds, plan_lines
 from curate.ablate.students import MODELS, Budget, Labels, commit_data, measure_cost
-from curate.ablate.verdict import LEAST_SEEDS, Difference, compare, recommend
+from curate.ablate.verdict import LEAST_SEEDS, Difference, compare, pool_seeds, recommend
 from curate.engine.finished import read_finished
 from curate.engine.manifest import fingerprint
 from curate.engine.runner import Progress, lock_output
@@ -247,9 +247,11 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
     rows = []
     for line in lines:
         training = line.training
-        figures = {name: _figures(line, loosest, "retrieval", part) for name, part in parts.items()}
+        figures = {
+            name: _figures(line, settings, "retrieval", part) for name, part in parts.items()
+        }
         if all("zero_shot" in one for one in (*line.outcomes.values(), *loosest.outcomes.values())):
-            figures["zero_shot"] = _figures(line, loosest, "zero_shot", labelled)
+            figures["zero_shot"] = _figures(line, settings, "zero_shot", labelled)
         row = {
             "name": line.name,
             "kind": line.kind,
@@ -265,6 +267,7 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
         rows.append(row)
     of = {row["name"]: row for row in rows}
     best = next(line for line in settings if line.name == chosen.name)
+    compared = chosen.comparisons
     return {
         "lines": rows,
         "recommended": {
@@ -273,30 +276,49 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
             "training": best.training.decided.setting.training,
             "share_dropped": of[chosen.name]["share_dropped"],
             "best": chosen.best,
-            "gain": asdict(chosen.gain),
+            "gain": _told(chosen.gain, compared),
             "is_better": chosen.is_better,
-            "versus": _versus(best, lines),
+            "comparisons": compared,
+            "rival": {
+                "name": chosen.rival,
+                **_told(chosen.rival_gain, compared),
+                "needed": chosen.rival_gain.needed(compared),
+            },
+            "versus": _versus(best, lines, compared),
         },
     }
 
 
-def _versus(best: Line, lines: list[Line]) -> dict[str, dict[str, Any]]:
-    """Compare the recommended setting with its own controls."""
+def _told(difference: Difference, comparisons: int) -> dict[str, float]:
+    """As plain values, with the interval."""
+    low, high = difference.interval(comparisons)
+    return {**asdict(difference), "low": low, "high": high}
+
+
+def _versus(best: Line, lines: list[Line], comparisons: int) -> dict[str, dict[str, float]]:
+    """Compare the recommended setting, chosen among so many, with its own controls."""
     return {
-        line.kind: asdict(compare(best.scores(), line.scores()))
+        line.kind: _told(compare(best.scores(), line.scores()), comparisons)
         for line in lines
         if line.kind != "setting" and line.training is best.training
     }
 
 
-def _figures(line: Line, loosest: Line, measure: str, part: Array | None) -> dict[str, Any]:
-    scores = line.scores(measure)
+def _figures(line: Line, settings: list[Line], measure: str, part: Array | None) -> dict[str, Any]:
+    """Mean, and gain over the loosest setting with an interval of its own."""
+    scores, loosest = line.scores(measure), settings[0]
     means = [float((v if part is None else v[part]).mean()) for v in scores.values()]
-    gain: Difference = compare(scores, loosest.scores(measure), part)
+    noise = None
+    if line.kind == "setting":  # a random control varies more: its set is drawn by seed
+        noise = pool_seeds((one.scores(measure) for one in settings), part)
+    gain = compare(scores, loosest.scores(measure), part, noise)
+    low, high = gain.interval()
     return {
         "mean": float(np.mean(means)),
         "gain": gain.mean,
-        "stderr": gain.stderr if line is not loosest else 0.0,
+        "stderr": gain.stderr,
+        "low": low,
+        "high": high,
     }
 
 

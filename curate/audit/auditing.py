@@ -1,6 +1,5 @@
 """`curate audit`: what one model, or each checkpoint of a training, memorized."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow as pa
 from curate import storage
 from curate.audit.copies import Looks, find_copies, look_at
 from curate.audit.measures import Embeddings, Measures, measure
-from curate.audit.models import list_checkpoints, read_folder
+from curate.audit.models import find_shared, is_named, list_checkpoints, read_folder, step_of
 from curate.audit.panel import Panel, embed_panel, finished_run, join_run, list_samples
 from curate.audit.recall import Recall, measure_recall, name_objects
 from curate.engine.finished import read_finished
@@ -50,13 +49,14 @@ class Request:
     Parameters
     ----------
     checkpoints : tuple of str
-        Files or patterns; or folders of embeddings, see `models.read_folder`.
+        Files or patterns; `open_clip:MODEL/PRETRAINED`, see `encoders.load_named`; or folders of
+        embeddings, see `models.read_folder`.
     model : str or None
-        open_clip's name of the architecture, or a .json file that describes it.
+        open_clip's name of the files' architecture, or a .json file that describes it.
     candidates, held_out : tuple of str
         As `curate run` takes inputs. A finished OUT stands for what it kept.
     reference : str or None
-        A checkpoint, or folder, of a model that did not see the candidates.
+        A checkpoint, name or folder of a model that did not see the candidates.
     run : str or None
         A finished run whose decisions tell of the candidates; default: theirs.
     output : str or None
@@ -184,23 +184,52 @@ class _Folders:
             raise InputError(f"{names}: must hold {number} uids, one a line; got {len(uids)}.")
         self.known = _Known(uids, np.array(uids, str))
         self.known.warnings.append(
-            "held-out samples were not compared with the candidates, as there are embeddings alone"
+            "held-out samples were compared with the candidates by equal embeddings alone"
         )
+        self._shared = find_shared(first)
+        self._count = np.shape(next(iter(first.held_out.values())))[-2]
+        if len(self._shared):
+            self._refuse(paths[0], request)
         if request.run:
             _take_run(self.known, request.run)
 
+    def _refuse(self, path: str, request: Request) -> None:
+        if not request.drop_overlap:
+            raise InputError(
+                f"{path}: held_out must hold nothing that is among the candidates; "
+                f"{len(self._shared)} of {self._count} samples are (by equal embeddings), the "
+                f"first in row {self._shared[0]}. Leave them out with --drop-overlap, or write "
+                "others."
+            )
+        self.known.warnings.append(
+            f"{len(self._shared)} held-out samples are among the candidates (by equal embeddings): "
+            "left out"
+        )
+
     def load(self, path: str) -> Embeddings:
-        return read_folder(path)
+        found = read_folder(path)
+        names = found.held_out
+        if not len(self._shared) or np.shape(next(iter(names.values())))[-2] != self._count:
+            return found
+        rest = {name: np.delete(rows, self._shared, axis=-2) for name, rows in names.items()}
+        return Embeddings(found.candidates, rest)
 
 
 class _Checkpoints:
     """Models of open_clip, and the samples that they embed."""
 
     def __init__(self, request: Request, paths: Sequence[str], progress: Progress) -> None:
-        for name, value in (("--model", request.model), ("--candidates", request.candidates),
+        files = [path for path in (*paths, request.reference) if path and not is_named(path)]
+        for name, value in (("--model", request.model or not files),
+                            ("--candidates", request.candidates),
                             ("--held-out", request.held_out)):  # fmt: skip
             if not value:
-                raise ConfigError(f"{name}: must be given, to embed with {paths[0]}. Add it.")
+                which = files[0] if name == "--model" else paths[0]
+                raise ConfigError(f"{name}: must be given, to embed with {which}. Add it.")
+        if request.model and not files:
+            raise ConfigError(
+                f"--model: says nothing of {paths[0]}, which names its own. Leave it out."
+            )
         from curate.models.precision import pick_device
 
         self._device, self._model = pick_device(), request.model or ""
@@ -211,8 +240,10 @@ class _Checkpoints:
         self._prepare(request, progress)
 
     def _encoder(self, path: str) -> "Encoder":
-        from curate.models.encoders import load_checkpoint
+        from curate.models.encoders import load_checkpoint, load_named
 
+        if is_named(path):
+            return load_named(path, self._device)
         return load_checkpoint(self._model, path, self._device)
 
     def _prepare(self, request: Request, progress: Progress) -> None:
@@ -390,10 +421,10 @@ def _summarize(
     split = {name: found.split(known.clusters, parts) for name, parts in _parts(known).items()}
     wrong = known.columns.get("mismatch_probability")
     harmful = None if wrong is None else float((found.memorized & (wrong >= _WRONG)).mean())
-    numbers = re.findall(r"\d+", Path(path).stem)
+    step = step_of(path)
     return {
         "name": path,
-        "step": int(numbers[-1]) if numbers else number,
+        "step": number if step is None else step,
         "estimates": {name: asdict(one) for name, one in found.estimates.items()},
         "auc": found.auc,
         "auc_p_value": found.auc_p_value,

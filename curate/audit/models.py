@@ -10,16 +10,29 @@ import numpy as np
 
 from curate.audit.measures import Embeddings
 from curate.errors import InputError
+from curate.models import OPEN_CLIP
 
-__all__ = ["embed", "list_checkpoints", "read_folder"]
+__all__ = ["embed", "find_shared", "is_named", "list_checkpoints", "read_folder", "step_of"]
 
 Array = np.ndarray[Any, Any]
 
 _PARTS = ("candidates", "held_out")
 
 
+def is_named(checkpoint: str) -> bool:
+    """Tell a name, `open_clip:MODEL/PRETRAINED`, from a path."""
+    return checkpoint.startswith(f"{OPEN_CLIP}:")
+
+
+def step_of(checkpoint: str) -> int | None:
+    """Return the last number in a file's name; None if there is none, or no file."""
+    path = checkpoint.partition("/")[2] if is_named(checkpoint) else checkpoint
+    numbers = re.findall(r"\d+", Path(path).stem) if Path(path).exists() else []
+    return int(numbers[-1]) if numbers else None
+
+
 def list_checkpoints(patterns: Sequence[str]) -> list[str]:
-    """Return files, or folders of embeddings, in natural order: epoch_2 before epoch_10.
+    """Return files, folders of embeddings or names, in natural order: epoch_2 before epoch_10.
 
     Raises
     ------
@@ -28,9 +41,13 @@ def list_checkpoints(patterns: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern)
+        is_one = is_named(pattern) or Path(pattern).exists()
+        matches = [pattern] if is_one else glob.glob(pattern)
         if not matches:
-            raise InputError(f"{pattern}: must match a checkpoint; matches none. Check the path.")
+            raise InputError(
+                f"{pattern}: must match a checkpoint; matches none. Check the path, or name "
+                f"published weights as {OPEN_CLIP}:MODEL/PRETRAINED."
+            )
         found += matches
     return sorted(dict.fromkeys(found), key=_natural)
 
@@ -59,6 +76,29 @@ def read_folder(folder: str) -> Embeddings:
             )
         found.append({path.stem: _read_array(path) for path in paths})
     return Embeddings(*found)
+
+
+def find_shared(given: Embeddings) -> Array:
+    """Find held-out samples whose embeddings are those of a candidate, number by number.
+
+    Of candidates that are equal to each other nothing is told: a model that makes the same of all
+    would share everything.
+
+    Returns
+    -------
+    (K,) int64
+        Rows of held-out samples, ascending.
+    """
+    candidates, held_out = (
+        np.concatenate([np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in side], axis=1)
+        for side in given.arrays()
+    )
+    whose: dict[bytes, int] = {}
+    for row in candidates:
+        key = row.tobytes()
+        whose[key] = whose.get(key, 0) + 1
+    shared = [place for place, row in enumerate(held_out) if whose.get(row.tobytes()) == 1]
+    return np.array(shared, np.int64)
 
 
 def _read_array(path: Path) -> Array:

@@ -1,6 +1,9 @@
 """Pretrained towers and proxies: the only room that imports torch."""
 
-__all__ = ["parse_encoder"]
+__all__ = ["OPEN_CLIP", "parse_encoder"]
+
+#: Before the colon of an encoder's name.
+OPEN_CLIP = "open_clip"
 
 
 def parse_encoder(name: str) -> tuple[str, str, str]:
@@ -15,6 +18,6 @@ def parse_encoder(name: str) -> tuple[str, str, str]:
         return "offline", "", ""
     family, _, rest = name.partition(":")
     model, _, weights = rest.partition("/")
-    if family != "open_clip" or not model or not weights:
+    if family != OPEN_CLIP or not model or not weights:
         raise ValueError("`offline` or `open_clip:MODEL/PRETRAINED` (a tag, or a local checkpoint)")
     return family, model, weights

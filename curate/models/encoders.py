@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from curate.errors import ConfigError, MissingWeightsError
-from curate.models import parse_encoder
+from curate.models import OPEN_CLIP, parse_encoder
 from curate.models.weights import fit_weights, read_weights
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "embed_pictures",
     "load_checkpoint",
     "load_encoder",
+    "load_named",
     "pad_rows",
     "pad_tokens",
     "torch_threads",
@@ -106,10 +107,35 @@ def load_encoder(name: str, device: str) -> Encoder:
     family, model, weights = parse_encoder(name)
     if family == "offline":
         return _Offline(device)
-    return _OpenClip(model, *_load_open_clip(model, weights), device)
+    instead = ", or use the pipeline `offline`, whose weights are packages"
+    return _OpenClip(model, *_load_open_clip(model, weights, "embed.encoder", instead), device)
 
 
-def load_checkpoint(model: str, path: str, device: str) -> Encoder:
+def load_named(name: str, device: str) -> Encoder:
+    """Load a model that is named as `open_clip:MODEL/PRETRAINED`.
+
+    Parameters
+    ----------
+    name : str
+        PRETRAINED is a tag that open_clip knows, or a file, see `load_checkpoint`.
+    device : str
+
+    Raises
+    ------
+    ConfigError
+        If the model or the tag is unknown, or a file holds the weights of another architecture.
+    InputError
+        If a file cannot be read, or holds code.
+    MissingWeightsError
+        If published weights cannot be had.
+    """
+    model, _, weights = name.removeprefix(f"{OPEN_CLIP}:").partition("/")
+    if Path(weights).is_file():
+        return load_checkpoint(model, weights, device, name)
+    return _OpenClip(model, *_load_open_clip(model, weights, name), device)
+
+
+def load_checkpoint(model: str, path: str, device: str, where: str = "--model") -> Encoder:
     """Load a model of open_clip from a file of a training.
 
     Parameters
@@ -121,6 +147,8 @@ def load_checkpoint(model: str, path: str, device: str) -> Encoder:
         open_clip's trainer's checkpoint with a `state_dict`, names of DistributedDataParallel
         included.
     device : str
+    where : str
+        Begins the error if the architecture is unknown.
 
     Raises
     ------
@@ -131,24 +159,24 @@ def load_checkpoint(model: str, path: str, device: str) -> Encoder:
     """
     import open_clip
 
-    name = _known_model(open_clip, model)
+    name = _known_model(open_clip, model, where)
     loaded, _, transform = open_clip.create_model_and_transforms(name)
     fit_weights(loaded, read_weights(path), f"{path}: must hold weights of {name}")
     return _OpenClip(name, loaded, transform, device)
 
 
-def _known_model(open_clip: Any, model: str) -> str:
+def _known_model(open_clip: Any, model: str, where: str) -> str:
     """Return open_clip's name of a model, after telling it of a configuration in a file."""
-    name = model
-    if model.endswith(".json") and Path(model).is_file():
-        open_clip.add_model_config(model)
-        name = Path(model).stem
+    name, wanted = model, "a model of open_clip"
+    if where == "--model":
+        wanted += ", or a .json file that describes one"
+        if model.endswith(".json") and Path(model).is_file():
+            open_clip.add_model_config(model)
+            name = Path(model).stem
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
-        raise ConfigError(
-            f"--model: must name a model of open_clip, or a .json file that describes one; got "
-            f"{model!r}.{f' Did you mean {near[0]}?' if near else ''}"
-        )
+        advice = f"Did you mean {near[0]}?" if near else "See open_clip.list_models()."
+        raise ConfigError(f"{where}: must name {wanted}; got {model!r}. {advice}")
     return name
 
 
@@ -387,28 +415,24 @@ class _Method(torch.nn.Module):
         return getattr(self.model, self._method)(inputs)
 
 
-def _load_open_clip(model: str, weights: str) -> tuple[Any, Any]:
+def _load_open_clip(model: str, weights: str, where: str, instead: str = "") -> tuple[Any, Any]:
     import open_clip
 
-    if model not in open_clip.list_models():
-        raise ConfigError(
-            f"embed.encoder: must name a model of open_clip; got {model!r}. "
-            "See open_clip.list_pretrained()."
-        )
+    _known_model(open_clip, model, where)
     local = Path(weights).is_file()
     if not local and weights not in open_clip.list_pretrained_tags_by_model(model):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)[:5])
         raise ConfigError(
-            f"embed.encoder: must name weights of {model} or a local file; got {weights!r}. "
-            f"open_clip knows {known or 'none'}."
+            f"{where}: must name weights of {model} or a local file, as "
+            f"open_clip:{model}/PRETRAINED; got {weights!r}. open_clip knows {known or 'none'}."
         )
     try:
         loaded, _, transform = open_clip.create_model_and_transforms(model, pretrained=weights)
     except Exception as error:  # hubs and files fail in many ways; all mean: no weights
         raise MissingWeightsError(
-            f"embed.encoder: weights {weights!r} of {model} cannot be had: "
+            f"{where}: weights {weights!r} of {model} cannot be had: "
             f"{str(error).splitlines()[0][:200]}. Give a local checkpoint as "
-            f"open_clip:{model}/PATH, or use the pipeline `offline`, whose weights are packages."
+            f"open_clip:{model}/PATH{instead}."
         ) from error
     return loaded, transform
 

@@ -8,7 +8,6 @@ from curate.report.charts import draw_intervals
 from curate.report.page import wrap_name
 from curate.report.plain import wrap_page
 from curate.report.text import clean_text
-from curate.report.words import SPAN
 
 __all__ = ["render_ablation"]
 
@@ -53,7 +52,7 @@ def _render_head(report: dict[str, Any]) -> str:
 
 def _render_curves(report: dict[str, Any]) -> str:
     charts = [
-        _curve(report, "setting", part, title, "gain over the loosest by share dropped, 95 %")
+        _curve(report, "setting", part, title, "gain over the loosest by share dropped, 95 % each")
         for part, title in _PARTS.items()
         if all(part in row["figures"] for row in report["lines"])
     ]
@@ -72,9 +71,7 @@ def _curve(report: dict[str, Any], kind: str, part: str, title: str, told: str) 
     points = []
     for row in rows:
         one = row["figures"][part]
-        span = SPAN * one["stderr"]
-        label = f"{row['share_dropped']:.0%}"
-        points.append((label, one["gain"] - span, one["gain"], one["gain"] + span))
+        points.append((f"{row['share_dropped']:.0%}", one["low"], one["gain"], one["high"]))
     return draw_intervals(title, told, points)
 
 

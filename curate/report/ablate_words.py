@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from curate.report.words import SPAN
-
 __all__ = ["describe_ablation", "tell_recommendation"]
 
 
@@ -48,27 +46,44 @@ def tell_recommendation(report: dict[str, Any]) -> list[str]:
     lines = [f"Recommended: {options}"]
     if found["training"]:
         lines.append(f"While training: {found['training']}, by curate.load and curate.mitigation.")
+    compared = found["comparisons"]
+    others = f"the {compared} others" if compared > 1 else "the other"
     if not found["is_better"]:
+        rival = found["rival"]
         told = "No setting is better than the loosest beyond noise: it is recommended."
-        return [*lines, told]
+        lines.append(told)
+        lines.append(
+            f"The best of {others}, {rival['name']}, has a held-out R@10 higher by "
+            f"{rival['mean']:+.4f} ({_interval(rival, compared)}). A gain would have to be about "
+            f"{rival['needed']:.4f} to be told from noise here; with more held-out pairs or more "
+            "--seeds, less."
+        )
+        return lines
     gain, share = found["gain"], found["share_dropped"]
-    low, high = (gain["mean"] + sign * SPAN * gain["stderr"] for sign in (-1, 1))
     told = (
         f"It drops {share:.1%} of what the loosest setting keeps and raises held-out R@10 by "
-        f"{gain['mean']:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
+        f"{gain['mean']:+.4f} ({_interval(gain, compared)})"
     )
     best = found["best"]
     if best == found["name"]:
         told += "; no looser setting comes within one standard error of it."
     else:
-        told += f"; it is the loosest within one standard error of the best, {best}."
+        told += (
+            f"; it is the loosest within one standard error of the best, {best}, which is better "
+            "beyond noise."
+        )
     lines.append(told)
     for kind, one in found["versus"].items():
-        verb = "is better than" if one["mean"] > SPAN * one["stderr"] else (
-            "is worse than" if one["mean"] < -SPAN * one["stderr"] else "cannot be told from"
+        verb = "is better than" if one["low"] > 0 else (
+            "is worse than" if one["high"] < 0 else "cannot be told from"
         )  # fmt: skip
         what = {"random": "a random set", "cosine": "a cosine filter"}[kind]
         lines.append(
-            f"It {verb} {what} of the same size: {one['mean']:+.4f} ± {one['stderr']:.4f}."
+            f"It {verb} {what} of the same size: {one['mean']:+.4f} ({_interval(one, compared)})."
         )
     return lines
+
+
+def _interval(one: dict[str, float], compared: int) -> str:
+    told = f"95 %: {one['low']:+.4f} to {one['high']:+.4f}"
+    return f"{told}, as the best of {compared}" if compared > 1 else told

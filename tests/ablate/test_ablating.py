@@ -260,10 +260,18 @@ def test_what_is_done_in_training_is_told_apart() -> None:
     setting = Setting(values)
     assert setting.options == "--set select.max_mismatch_rate=0.04"
     assert setting.training == "mitigation.noise=0.1 load.weighted=true"
+    rival = {"name": "x", "mean": 0.004, "low": -0.002, "high": 0.01, "needed": 0.005}
     found = {
         "options": setting.options, "training": setting.training, "is_better": False,
+        "comparisons": 8, "rival": rival,
     }  # fmt: skip
     told = tell_recommendation({"recommended": found})
+    assert told[2].startswith("No setting is better than the loosest beyond noise")
+    assert told[3] == (
+        "The best of the 8 others, x, has a held-out R@10 higher by +0.0040 (95 %: -0.0020 to "
+        "+0.0100, as the best of 8). A gain would have to be about 0.0050 to be told from noise "
+        "here; with more held-out pairs or more --seeds, less."
+    )
     assert told[1] == (
         "While training: mitigation.noise=0.1 load.weighted=true, by curate.load and "
         "curate.mitigation."

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from curate import storage
 from curate.audit import tracking
 from curate.audit.auditing import Request, audit, check_limits, figures
+from curate.audit.models import is_named
 from curate.audit.panel import list_samples
 from curate.audit.tracking import track_series
 from curate.engine.tracking import check_tracker
@@ -55,7 +56,9 @@ class Trained:
 
     def request(self, checkpoints: str = "epoch_10.pt", **changes: object) -> Request:
         values: dict[str, object] = {
-            "checkpoints": (str(self.folder / checkpoints),),
+            "checkpoints": (
+                checkpoints if is_named(checkpoints) else str(self.folder / checkpoints),
+            ),
             "model": str(self.config),
             "candidates": (str(self.candidates_tar),),
             "held_out": (str(self.held_out_tar),),
@@ -106,6 +109,24 @@ def test_the_curve_of_a_training(trained: Trained, tmp_path: Path) -> None:
     assert "What the model memorized" in page
     assert page.count("<svg") == 2
     assert (out / "report.css").exists()
+
+
+def test_a_limit_of_what_is_memorized_and_wrong(trained: Trained, tmp_path: Path) -> None:
+    """The run that judged the candidates tells which are wrong; the first checkpoint is none."""
+    uids = list_samples((str(trained.candidates_tar),), "--candidates").uids
+    judged = write_run(tmp_path / "run", uids)
+    done = curate(
+        "audit", trained.folder / "epoch_*.pt", *trained.options(), "--run", judged, "--no-search",
+        "--max-harmful", "0.01", "--json",
+    )  # fmt: skip
+    assert done.returncode == 3
+    line = only_error(done.stderr)
+    assert "memorized and wrong must be at most 0.01 (--max-harmful); got 0." in line
+    report = json.loads(done.stdout)
+    harmful = [one["harmful"] for one in report["checkpoints"]]
+    assert harmful[0] == 0
+    assert 0.01 < harmful[-1] <= 8 / COUNT
+    check_limits(report, 9, max(harmful))
 
 
 def test_without_a_reference_a_text_embedder_stands_for_it(trained: Trained) -> None:
@@ -171,6 +192,73 @@ def test_another_architecture(trained: Trained, tmp_path: Path) -> None:
         run(trained.request(model="ViT-B-33"))
 
 
+def test_a_model_that_open_clip_names(trained: Trained, tmp_path: Path) -> None:
+    """A name with a file is that file and architecture, as a reference too."""
+    file = trained.folder / "epoch_10.pt"
+    build(trained.config)  # tells open_clip of the architecture
+    named = f"open_clip:{trained.config.stem}/{file}"
+    same = run(trained.request(named, model=None, search=False))
+    assert same["checkpoints"][0]["name"] == named
+    assert same["checkpoints"][0]["step"] == 10
+    by_file = run(trained.request(search=False, reference=named))["checkpoints"][0]
+    # Of the model beyond itself nothing is left.
+    assert by_file["estimates"]["multimem"]["mean"] == pytest.approx(0, abs=1e-6)
+    alone = run(trained.request(search=False))["checkpoints"][0]
+    assert same["checkpoints"][0]["estimates"] == alone["estimates"]
+    with pytest.raises(ConfigError, match="--model: says nothing of open_clip:"):
+        run(trained.request(named, search=False))
+    with pytest.raises(ConfigError, match=r"--model: must be given, to embed with .*epoch_10.pt"):
+        run(trained.request(model=None, reference=named))
+    with pytest.raises(ConfigError, match=r"^open_clip:ViT-B-33/.* Did you mean ViT-B-32"):
+        run(trained.request(f"open_clip:ViT-B-33/{file}", model=None))
+    with pytest.raises(ConfigError, match="must hold weights of ViT-S-32-alt; got those of anoth"):
+        run(trained.request(f"open_clip:ViT-S-32-alt/{file}", model=None))
+
+
+def test_a_name_and_a_local_file_through_the_command(trained: Trained, tmp_path: Path) -> None:
+    import open_clip
+
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "small.pt")
+    done = curate(
+        "audit", f"open_clip:ViT-S-32-alt/{tmp_path}/small.pt", *trained.options()[2:],
+        "--no-search", "--limit", "4", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["candidates"], report["held_out"]) == (4, 4)
+    assert report["checkpoints"][0]["step"] == 0
+    assert "too few for the interval" in report["checkpoints"][0]["warnings"][0]
+
+
+def test_published_weights_that_cannot_be_had(trained: Trained, tmp_path: Path) -> None:
+    # An empty cache and no network, whatever this machine has.
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    done = curate("audit", name, *trained.options()[2:], **environment)
+    assert done.returncode == 1
+    line = only_error(done.stderr)
+    assert line.startswith(f"Error: {name}: weights 'laion2b_s34b_b79k' of ViT-B-32 cannot be had:")
+    assert line.endswith("Give a local checkpoint as open_clip:ViT-B-32/PATH.")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ViT-B-32", "as open_clip:ViT-B-32/PRETRAINED; got ''. open_clip knows openai"),
+        ("ViT-B-32/laion3b", "got 'laion3b'. open_clip knows openai"),
+        ("ViT-B-33/openai", "must name a model of open_clip; got 'ViT-B-33'. Did you mean ViT-B"),
+    ],
+)
+def test_names_of_no_weights(trained: Trained, name: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(trained.request(f"open_clip:{name}", model=None))
+    assert str(caught.value).startswith(f"open_clip:{name}: must name ")
+    assert told in str(caught.value)
+    with pytest.raises(InputError, match="published weights as open_clip:MODEL/PRETRAINED"):
+        run(Request(("ViT-B-32/openai",)))
+
+
 def test_a_checkpoint_is_never_executed(trained: Trained, tmp_path: Path) -> None:
     class Harmful:
         def __reduce__(self) -> tuple:
@@ -189,6 +277,18 @@ def test_a_panel_of_one(trained: Trained, tmp_path: Path) -> None:
     tar = write_pairs(tmp_path / "one.tar", trained.held_out[:1])
     with pytest.raises(InputError, match="--held-out: must be at least 2"):
         run(trained.request(held_out=(str(tar),)))
+
+
+def test_a_reference_that_has_seen_the_candidates(trained: Trained) -> None:
+    """The checkpoint before the last stands for a model that has not; it has."""
+    report = run(trained.request(reference=str(trained.folder / "epoch_9.pt"), search=False))
+    (line,) = [w for w in report["checkpoints"][0]["warnings"] if "reference" in w]
+    assert "it has probably seen them" in line
+    assert "sign test, p " in line
+    assert f"Warning: {line}" in describe_audit(report)
+    unseen = str(trained.folder / "reference.safetensors")
+    report = run(trained.request(reference=unseen, search=False))
+    assert not any("reference" in line for line in report["checkpoints"][0]["warnings"])
 
 
 def test_what_is_missing_is_named(trained: Trained, tmp_path: Path) -> None:
@@ -227,6 +327,42 @@ def test_folders_of_embeddings_of_three_modalities(tmp_path: Path) -> None:
     (model / "held_out" / "sound.npy").unlink()
     with pytest.raises(InputError, match="must hold the modalities"):
         run(Request((str(model),)))
+
+
+def test_folders_whose_held_out_samples_are_candidates(tmp_path: Path) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    for name in ("image", "text", "sound"):
+        paths = [model / part / f"{name}.npy" for part in ("candidates", "held_out")]
+        candidates, held_out = (np.load(path) for path in paths)
+        np.save(paths[1], np.concatenate([held_out, candidates[4:7]]), allow_pickle=False)
+    with pytest.raises(InputError, match=r"3 of 93 samples are .* the first in row 90"):
+        run(Request((str(model),)))
+    done = curate("audit", model, "--drop-overlap", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["held_out"] == 90
+    assert "3 held-out samples are among the candidates" in report["warnings"][1]
+    clean = write_embeddings(tmp_path / "clean", 1, 0)
+    assert (
+        report["checkpoints"][0]["estimates"]
+        == run(Request((str(clean),)))["checkpoints"][0]["estimates"]
+    )
+    # What a model that has collapsed makes of all is no sign of anything.
+    for path in clean.glob("*/*.npy"):
+        np.save(path, np.ones((90, 16)), allow_pickle=False)
+    assert run(Request((str(clean),)))["held_out"] == 90
+
+
+def test_folders_of_different_widths(tmp_path: Path) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    for part in ("candidates", "held_out"):
+        path = model / part / "text.npy"
+        np.save(path, np.load(path)[:, :9], allow_pickle=False)
+    done = curate("audit", model)
+    assert done.returncode == 2
+    assert "candidates text: must be 16 numbers wide, as candidates image; got 9." in only_error(
+        done.stderr
+    )
 
 
 def write_run(out: Path, uids: list[str]) -> Path:
@@ -292,26 +428,33 @@ def test_what_a_run_kept_is_taken_as_candidates(trained: Trained, tmp_path: Path
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
-def test_figures_go_to_a_tracker(
-    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_curve_goes_to_a_tracker(tracker: str, tmp_path: Path) -> None:
     pytest.importorskip(tracker)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    model = write_embeddings(tmp_path / "model", 1, 0)
-    report = run(Request((str(model),)))
-    series = [(step, figures(report["checkpoints"][0])) for step in (1, 2)]
-    check_tracker(tracker)
-    assert track_series(tracker, "name", {"model": "tiny"}, series)
+    for number, pull in ((9, 0.2), (10, 1.0)):
+        write_embeddings(tmp_path / f"epoch_{number}", pull, 0)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    done = curate(
+        "audit", tmp_path / "epoch_*", "--track", tracker, "--json",
+        MLFLOW_TRACKING_URI=uri, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "was not tracked" not in done.stderr
+    results = json.loads(done.stdout)["checkpoints"]
     if tracker == "wandb":
-        assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+        (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+        content = written.read_bytes()
+        assert all(name.encode() in content for name in figures(results[0]))
         return
     import mlflow
 
-    (found,) = mlflow.search_runs(experiment_names=["curate-audit"], output_format="list")
-    assert found.data.metrics["memorization"] == pytest.approx(series[0][1]["memorization"])
-    assert found.data.params == {"model": "tiny"}
+    client = mlflow.MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("curate-audit").experiment_id])
+    assert found.data.params["checkpoints"] == str((f"{tmp_path}/epoch_*",))
+    for name, value in figures(results[0]).items():
+        curve = [
+            (one.step, one.value) for one in client.get_metric_history(found.info.run_id, name)
+        ]
+        assert curve == [(9, pytest.approx(value)), (10, pytest.approx(figures(results[1])[name]))]
 
 
 def test_a_tracker_that_fails_costs_a_warning(

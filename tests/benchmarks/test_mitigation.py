@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from benchmarks import mitigation
 from benchmarks.mitigation import (
@@ -113,6 +115,26 @@ def test_models_are_trained_once_and_judged_on_the_same_rows(
     assert same["memorization"] == 0
     assert same["memorization google x name"] == 0
     assert 0 < same["recall"] < 1
+
+
+def test_arms_of_one_piece_run_from_end_to_end(
+    data: Data, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six epochs are the least after which targets were chosen."""
+    monkeypatch.setattr(mitigation, "read_data", lambda cache: data)
+    storage.commit_array(str(tmp_path / "mismatch-0.npy"), np.zeros(len(bench.pool)))
+    arms = ("raw", "targeted", "words masked")
+    asked = [part for arm in arms for part in ("--arm", "two", arm)]
+    done = CliRunner().invoke(
+        mitigation.main, [str(tmp_path), *asked, "--epochs", "6", "1", "--seed", "0"]
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])["two"]
+    assert list(found) == list(arms)
+    memorized = {arm: row["figures"]["memorization"][0] for arm, row in found.items()}
+    assert len(set(memorized.values())) == 3
+    assert all(np.isfinite(value) for value in memorized.values())
+    assert {path.stem[-1] for path in tmp_path.glob("two-6-targeted-0-*.npy")} == {"f", "g"}
 
 
 def test_targets_are_chosen_by_the_model_alone(data: Data, bench: Bench) -> None:
