@@ -25,7 +25,7 @@ class Report(Stage):
     """Draw samples of every reason and show them."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     publishes: ClassVar[tuple[str, ...]] = ("report",)
     reads_further: ClassVar[bool] = True
 

@@ -62,6 +62,8 @@ _CLUSTER_KEPT = 3
 _LADDER = 160
 #: Rows held for curves and for the search of repeated captions.
 _ROWS_HELD = 500_000
+#: Rows whose captions are taken apart into titles and what stands behind them.
+_ROWS_PARTED = 50_000
 
 #: Reasons why a sample could not even be looked at.
 _UNREADABLE = tuple(
@@ -148,9 +150,8 @@ class _Pass:
 
     def __init__(self, room: Room, count: int, seed: int, facts: dict[str, Any]) -> None:
         self.room, self.count, self.seed = room, count, seed
-        self.share = min(
-            1.0, _ROWS_HELD / max(sum(shard["samples"] for shard in room.layout()["shards"]), 1)
-        )
+        samples = max(sum(shard["samples"] for shard in room.layout()["shards"]), 1)
+        self.share = min(1.0, _ROWS_HELD / samples)
         mismatch = facts.get("select", {}).get("mismatch") or {}
         self.limit: float = mismatch.get("max_probability", np.inf)
         self.by_reason: dict[str | None, _Best] = {}
@@ -159,7 +160,7 @@ class _Pass:
         self.clusters: dict[str, int] = {}
         self.scores = SCORES
         self.ranges: dict[str, tuple[float, float]] = {}
-        self.captions = Captions(self.share)
+        self.captions = Captions(self.share, _ROWS_PARTED / samples)
         self.silent = 0
         self.judged: list[Judged] = []
 
