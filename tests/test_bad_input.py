@@ -475,8 +475,14 @@ def test_what_holds_no_finished_run(tmp_path: Path, content: bytes | None, got: 
     assert not (tmp_path / "target").exists()
 
 
+def copy_three(three: Path, out: Path) -> None:
+    """Copy the output of three kept samples; other tests may have decided anew."""
+    succeed(*of_three(three), "--workers", 1)
+    shutil.copytree(three / "out", out)
+
+
 def test_run_writes_a_damaged_mark_anew(three: Path, tmp_path: Path) -> None:
-    shutil.copytree(three / "out", tmp_path / "out")
+    copy_three(three, tmp_path / "out")
     whole = read_summary(tmp_path / "out")
     (tmp_path / "out" / "run.json").write_text("{", encoding="utf-8")
     given = ("--input", three / "in", "--output", tmp_path / "out", "--workers", 1)
@@ -488,7 +494,7 @@ def test_run_writes_a_damaged_mark_anew(three: Path, tmp_path: Path) -> None:
 
 def test_damaged_results(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shutil.copytree(three / "out", out)
+    copy_three(three, out)
     for path in (*out.glob("stages/select-*/shards/*"), *out.glob("shards/*")):
         cut(path, path.stat().st_size // 2)
     for arguments in (("show", out, "abcdef"), ("report", out)):
