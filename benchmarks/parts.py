@@ -1,22 +1,14 @@
 """Parts of a caption: its title and what stands beside it."""
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-__all__ = ["find_titles", "split_parts"]
+from curate.stages.report_titles import split_parts
 
-#: Marks that end a part; a full stop or a dash inside a word does not.
-_MARKS = re.compile(r"[.;:,|]+(?=\s|$)|\s[-–—/|]\s|[()\n]")
+__all__ = ["find_titles", "split_parts"]
 
 #: A part that more of the clusters have names a collection or its author, not a picture.
 _COMMON = 0.05
-
-
-def split_parts(caption: str) -> list[str]:
-    """Split at punctuation into title, sentences, tags: at least one part."""
-    parts = [part for piece in _MARKS.split(caption) if (part := " ".join(piece.split()))]
-    return parts or [caption]
 
 
 def find_titles(captions: Sequence[str], clusters: Sequence[str]) -> list[str]:

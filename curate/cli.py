@@ -5,11 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from curate import __version__
-from curate.errors import CurateError
+from curate.errors import ConfigError, CurateError, StorageError
 
 __all__ = ["main"]
+
+
+#: Below the help of commands that take it.
+_OUT = "OUT is the folder that `curate run` got as --output."
 
 
 class _Commands(click.Group):
@@ -21,12 +26,27 @@ class _Commands(click.Group):
         except CurateError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:  # click leaves in silence, as pipes want it
+            raise
+        except OSError as error:
+            where = error.filename or ctx.invoked_subcommand
+            why = error.strerror or error
+            click.echo(
+                f"Error: {where}: cannot be used; {why}. Correct that and try again.", err=True
+            )
+            ctx.exit(StorageError.exit_code)
         except KeyboardInterrupt:
             click.echo(
                 "Stopped. What was finished is kept: run the same command again to resume.",
                 err=True,
             )
             ctx.exit(130)
+
+
+_WORKERS = click.option(
+    "--workers", type=click.IntRange(1),
+    help="Local worker processes; default: one for each core, or GPU.",
+)  # fmt: skip
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,10 +57,11 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
             "--input", "-i", "inputs", multiple=True, metavar="PATH",
             help="File, folder, pattern or fsspec URL to read; may be given more than once.",
         ),
-        click.option("--output", "-o", "out", required=True, metavar="DIR", help="Where to."),
+        click.option("--output", "-o", "out", required=True, metavar="DIR",
+                     help="Folder of the results: OUT to other commands."),
         click.option(
             "--set", "settings", multiple=True, metavar="STAGE.FIELD=VALUE",
-            help="Override a parameter of the pipeline.",
+            help="Override a parameter of the pipeline; may be given more than once.",
         ),
         click.option("--limit", type=click.IntRange(1), help="Preview on so many random samples."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -52,11 +73,14 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _cluster_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
-        click.option("--workers", type=click.IntRange(1), help="Local worker processes."),
-        click.option("--scheduler", metavar="ADDRESS", help="Use a running Dask scheduler."),
+        _WORKERS,
+        click.option(
+            "--scheduler", metavar="ADDRESS", help="Use a running Dask scheduler instead."
+        ),
         click.option(
             "--cluster", "cluster_file", metavar="FILE",
-            help="YAML: kind (local, local-cuda, slurm, kubernetes) and its arguments.",
+            help="Start one instead. YAML: kind (local, local-cuda, slurm, kubernetes) and its "
+            "arguments.",
         ),
     ]  # fmt: skip
     for option in reversed(options):
@@ -95,8 +119,8 @@ def run(
 ) -> None:
     """Run PIPELINE on --input into --output.
 
-    PIPELINE is a file, or one of default, offline, dedup, clip-score. Run again, it does only what
-    is missing.
+    PIPELINE is a YAML file, or one of default, offline, dedup, clip-score. Run again, it does only
+    what is missing. PATH is one more --input.
     """
     loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
     cluster = _cluster(workers, scheduler, cluster_file)
@@ -115,12 +139,16 @@ def plan(
     limit: int | None,
     as_json: bool,
 ) -> None:
-    """Show what `curate run` would do, and why."""
+    """Show what `curate run` would do, and why.
+
+    It takes the same arguments, computes nothing and writes nothing.
+    """
     from curate.engine import runner
-    from curate.engine.session import disk_need
+    from curate.engine.session import check_apart, disk_need
     from curate.engine.summary import print_plan
 
     loaded = _load(pipeline, (*inputs, *more_inputs), settings, limit)
+    check_apart(loaded, out)
     rows = runner.plan(loaded, out)
     need_bytes = disk_need(loaded)
     if as_json:
@@ -131,10 +159,13 @@ def plan(
 
 @main.command()
 @click.argument("folder", default="curate-demo", metavar="[DIR]")
-@click.option("--workers", type=click.IntRange(1), help="Local worker processes.")
+@_WORKERS
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def demo(folder: str, workers: int | None, as_json: bool) -> None:
-    """Run the pipeline `offline` on a bundled sample."""
+    """Run the pipeline `offline` on a bundled sample.
+
+    DIR is where to; default: curate-demo.
+    """
     from importlib import resources
 
     with resources.as_file(resources.files("curate") / "sample" / "shards") as sample:
@@ -150,6 +181,8 @@ def columns(as_json: bool, markdown: bool) -> None:
     """List output columns and reason codes."""
     from curate.schema import describe_columns, markdown_tables
 
+    if markdown and as_json:
+        raise ConfigError("--json and --markdown: must not be combined. Give one of them.")
     if markdown:
         click.echo(markdown_tables())
     elif as_json:
@@ -164,15 +197,15 @@ def columns(as_json: bool, markdown: bool) -> None:
             click.echo(f"{code}\n    {meaning}")
 
 
-@main.command()
+@main.command(epilog=_OUT)
 @click.argument("out")
 @click.argument("uids", nargs=-1, required=True, metavar="UID...")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def show(out: str, uids: tuple[str, ...], as_json: bool) -> None:
     """Tell everything about samples of a finished run.
 
-    Where they came from, why they were dropped, what would have kept them, and their copies. UID
-    may be cut after six digits.
+    Where they came from, why they were dropped, what would have kept them, and their copies. UID is
+    that of decisions/ and of the report, or its first six or more digits.
     """
     from curate.engine.show import describe_sample, show_samples
 
@@ -183,9 +216,9 @@ def show(out: str, uids: tuple[str, ...], as_json: bool) -> None:
         click.echo("\n\n".join(describe_sample(sample, out) for sample in found))
 
 
-@main.command()
+@main.command(epilog=_OUT)
 @click.argument("out")
-@click.option("--json", "as_json", is_flag=True, help="Print run.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json, which holds them.")
 def stats(out: str, as_json: bool) -> None:
     """Print counts, seconds and figures of a finished run."""
     from curate.engine.finished import read_finished
@@ -195,7 +228,7 @@ def stats(out: str, as_json: bool) -> None:
     click.echo(json.dumps(summary, indent=2) if as_json else describe_run(summary, out))
 
 
-@main.command()
+@main.command(epilog=_OUT)
 @click.argument("out")
 @click.option(
     "--against", "other", metavar="OTHER_OUT",
@@ -213,14 +246,13 @@ def report(out: str, other: str | None) -> None:
         click.echo(rebuild_report(out) if other is None else compare_runs(out, other))
 
 
-@main.command()
+@main.command(epilog=_OUT)
 @click.argument("out")
 @click.option(
-    "--to", "layout", required=True, metavar="FORMAT",
-    help="webdataset, groups, mds, hf, datacomp or keep-list.",
+    "--to", "layout", required=True, metavar="FORMAT", help="One of those above.",
 )  # fmt: skip
-@click.option("--output", "-o", "target", required=True, metavar="DIR", help="Where to.")
-@click.option("--seed", default=0, show_default=True, help="Of the order of the samples.")
+@click.option("--output", "-o", "target", required=True, metavar="DIR", help="Folder to write.")
+@click.option("--seed", default=0, show_default=True, help="Draws the order of samples.")
 @click.option("--shard-samples", type=click.IntRange(1), help="Samples per file at most.")
 @click.option(
     "--groups", type=click.IntRange(1, 99), default=4, show_default=True,
@@ -268,12 +300,12 @@ def export(
 @click.option("--held-out", multiple=True, metavar="PATH", help="Pairs like these, not trained on.")
 @click.option("--reference", metavar="CHECKPOINT", help="One that has not seen the candidates.")
 @click.option("--run", "run_out", metavar="OUT", help="Finished run that judged the candidates.")
-@click.option("--output", "-o", "out", metavar="DIR", help="Where to write table and page.")
+@click.option("--output", "-o", "out", metavar="DIR", help="Folder for table and page.")
 @click.option(
     "--limit", type=click.IntRange(2), default=10_000, show_default=True,
-    help="Candidates, and held-out pairs, measured at most.",
+    help="Candidates, and held-out pairs, drawn at most.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Draws them.")
+@click.option("--seed", default=0, show_default=True, help="Draws these.")
 @click.option("--search/--no-search", default=True, help="Look for copies, and test deja vu.")
 @click.option("--drop-overlap", is_flag=True, help="Leave out held-out pairs that were trained on.")
 @click.option("--max-memorization", type=float, help="Exit 3 above this mean.")
@@ -319,7 +351,7 @@ def audit(
     auditing.check_limits(report, request.max_memorization, request.max_harmful)
 
 
-@main.command()
+@main.command(epilog=_OUT)
 @click.argument("out")
 @click.option("--grid", metavar="FILE", help="YAML list of settings; default: rates of mismatch.")
 @click.option(
@@ -333,7 +365,9 @@ def audit(
     "--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.15,
     show_default=True, help="Share of the clusters that judges and is not trained on.",
 )  # fmt: skip
-@click.option("--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge.")
+@click.option(
+    "--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge, instead."
+)
 @click.option(
     "--limit", type=click.IntRange(1), default=20_000, show_default=True,
     help="Samples that are trained on or held out at most.",
@@ -341,7 +375,7 @@ def audit(
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
               help="Students per setting at most.")  # fmt: skip
 @click.option("--epochs", type=click.FloatRange(0, min_open=True),
-              help="What a student's steps are worth.")  # fmt: skip
+              help="Passes over the data that a student's steps amount to.")  # fmt: skip
 @click.option("--weighted", is_flag=True, help="Draw samples by their weights while training.")
 @click.option("--controls/--no-controls", default=True,
               help="Random and cosine-filtered sets of each size.")  # fmt: skip
@@ -360,7 +394,7 @@ def ablate(
     """Find out how hard to filter the data of a finished run.
 
     Small models are trained on what each setting would keep, all for as many steps, and judged by
-    held-out pairs. FILE lists settings such as `- {select.max_mismatch_rate: 0.05}`: any fields of
+    held-out pairs. --grid lists settings such as `- {select.max_mismatch_rate: 0.05}`: fields of
     select, dedup.min_cosine (stricter), load.weighted, and mitigation.noise, captions or text_mask.
     """
     from curate.ablate import ablating
@@ -368,6 +402,9 @@ def ablate(
     from curate.engine.workers import Workers
     from curate.report.ablate_words import describe_ablation
 
+    given = click.get_current_context().get_parameter_source("held_out")
+    if options["held_out_list"] and given is not ParameterSource.DEFAULT:
+        raise ConfigError("--held-out and --held-out-list: must not be combined. Give one of them.")
     request = ablating.Request(out, **options)
     cluster = _cluster(workers, scheduler, cluster_file)
     with Workers(cluster, out) as pool, make_progress() as progress:
@@ -380,12 +417,14 @@ def ablate(
         click.echo(describe_ablation(report, ablating.page_of(out)))
 
 
-@main.command()
+@main.command(epilog=_OUT)
 @click.argument("out")
 def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""
     from curate.engine import runner
+    from curate.engine.finished import read_finished
 
+    read_finished(out, "remove the folder")  # before anything of OUT is touched
     with runner.lock_output(out):
         removed = runner.clean(out)
     for name in removed:

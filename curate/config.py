@@ -1,6 +1,7 @@
 """Pipelines: YAML text to checked, frozen stages."""
 
 import difflib
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,12 +19,18 @@ from curate.stages.ingest import Ingest
 
 __all__ = [
     "Pipeline",
+    "describe_fault",
     "load_pipeline",
     "nearest",
     "parse_setting",
     "read_yaml",
+    "read_yaml_file",
     "shipped_pipelines",
 ]
+
+
+#: What pydantic calls by Python's names, by the type of its error.
+_PLAIN_KINDS = {"tuple_type": "a list", "model_type": "a mapping", "dict_type": "a mapping"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Pipeline:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error instead of the last one winning."""
+    """Safe YAML with a key given twice as an error, and no booleans but `true` and `false`."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -63,6 +70,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# As YAML 1.2 has it: else the field `on` and Norwegian, `no`, would be true and false.
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    _BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def read_yaml(text: str, where: str) -> Any:
     """Parse safe YAML.
 
@@ -78,6 +96,28 @@ def read_yaml(text: str, where: str) -> Any:
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}{line}: must be valid YAML; {problem}. Mend it.") from error
+
+
+def read_yaml_file(path: str, option: str) -> Any:
+    """Parse safe YAML of a local file that an option names.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or with the line of the fault.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{option} {path}: must be a readable YAML file; {_why_unread(error)}. Correct the "
+            "path."
+        ) from error
+    return read_yaml(text, path)
+
+
+def _why_unread(error: OSError | UnicodeDecodeError) -> str:
+    return getattr(error, "strerror", None) or "not UTF-8 text"
 
 
 def shipped_pipelines() -> list[str]:
@@ -164,15 +204,15 @@ def _find(name: str) -> tuple[str, str]:
         try:
             return name, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise ConfigError(
-                f"{name}: must be a readable pipeline file; {reason}. Correct it."
+                f"{name}: must be a readable pipeline file; {_why_unread(error)}. Correct the path."
             ) from error
     shipped = shipped_pipelines()
     if name not in shipped:
-        near = nearest(name, shipped)
+        near = nearest(name, shipped) or " Name one of them, or a YAML file."
+        got = "a folder" if path.is_dir() else "neither"
         raise ConfigError(
-            f"{name}: must be a file or one of {', '.join(shipped)}; there is no such thing.{near}"
+            f"{name}: must be a pipeline, a file or one of {', '.join(shipped)}; got {got}.{near}"
         )
     return name, resources.files("curate.pipelines").joinpath(f"{name}.yaml").read_text("utf-8")
 
@@ -193,13 +233,25 @@ def _build(where: str, stage: str, fields: Mapping[str, Any]) -> Stage:
     try:
         return kind(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([stage, *(str(part) for part in first["loc"])])
-        wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        got = "" if first["type"] == "value_error" else f"; got {first['input']!r}"
-        described = kind.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+        loc = error.errors()[0]["loc"]
+        described = kind.model_fields.get(str(loc[0])) if loc else None
         help_text = f" ({described.description})" if described and described.description else ""
-        raise ConfigError(f"{where}: {place} must be {wanted}{got}.{help_text}") from error
+        raise ConfigError(f"{where}: {describe_fault(error, stage)}.{help_text}") from error
+
+
+def describe_fault(error: ValidationError, stage: str) -> str:
+    """Say in words what the first fault of a stage's parameters is: what must hold, what came."""
+    first = error.errors()[0]
+    # Parts such as "literal['a','b']" and names of classes say how pydantic tried.
+    parts = [str(part) for part in first["loc"]]
+    place = [part for part in parts if "[" not in part and not part[:1].isupper()]
+    if first["type"] == "extra_forbidden":
+        return f"{'.'.join([stage, *place[:-1]])} has no field {place[-1]!r}"
+    wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    wanted = _PLAIN_KINDS.get(first["type"], wanted)
+    got = "nothing" if first["input"] is None else repr(first["input"])
+    shown = "" if first["type"] == "value_error" else f"; got {got}"
+    return f"{'.'.join([stage, *place])} must be {wanted}{shown}"
 
 
 def _check_columns(where: str, stages: Sequence[Stage]) -> None:

@@ -147,6 +147,8 @@ def _storage_error(url: str, error: OSError) -> StorageError:
         "No space left on device": "Free some space and run the same command again to resume.",
         "Permission denied": "Make it writable or choose another --output.",
         "Read-only file system": "Choose another --output.",
+        "No such file or directory": "Choose another --output.",
+        "Not a directory": "Choose another --output.",
         "The specified bucket does not exist": "Create it and run the same command again.",
     }.get(why, "Run the same command again to resume.")
     return StorageError(f"{url}: cannot be written: {why}. {advice}")
@@ -297,8 +299,33 @@ def read_json(url: str) -> Any:
     Raises
     ------
     FileNotFoundError
+    StorageError
+        If it holds none.
     """
-    return json.loads(read_bytes(url))
+    data = read_bytes(url)
+    try:
+        return json.loads(data)
+    except ValueError as error:  # JSON's and Unicode's
+        raise _damage(url, "JSON") from error
+
+
+def _damage(url: str, kind: str) -> StorageError:
+    return StorageError(
+        f"{url}: must be {kind} as it was written; it is damaged. Put it back, or remove its "
+        "stage's folder in OUT/stages and `curate run` again."
+    )
+
+
+@contextlib.contextmanager
+def _undamaged(url: str) -> Iterator[None]:
+    """Say in one line that a Parquet file is damaged."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        # Arrow's own are plain; the system's have a number or a class.
+        if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
+            raise
+        raise _damage(url, "Parquet") from error
 
 
 def commit_array(url: str, array: np.ndarray[Any, Any]) -> None:
@@ -405,13 +432,16 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     Raises
     ------
     FileNotFoundError
+    StorageError
+        If it is damaged, here and in the functions below.
     """
     fs, path = filesystem(url)
     wanted = None if columns is None else list(columns)
-    if isinstance(fs, LocalFileSystem):
-        return pq.read_table(path, columns=wanted, memory_map=True, partitioning=None)
-    with open_binary(url) as file:
-        return pq.read_table(file, columns=wanted)
+    with _undamaged(url):
+        if isinstance(fs, LocalFileSystem):
+            return pq.read_table(path, columns=wanted, memory_map=True, partitioning=None)
+        with open_binary(url) as file:
+            return pq.read_table(file, columns=wanted)
 
 
 def read_row_group(url: str, number: int) -> pa.Table:
@@ -421,7 +451,7 @@ def read_row_group(url: str, number: int) -> pa.Table:
     ------
     FileNotFoundError
     """
-    with open_binary(url) as file, pq.ParquetFile(file) as parquet:
+    with _undamaged(url), open_binary(url) as file, pq.ParquetFile(file) as parquet:
         return parquet.read_row_group(number)
 
 
@@ -436,7 +466,7 @@ def read_rows(url: str, rows: np.ndarray[Any, Any]) -> pa.Table:
     ------
     FileNotFoundError
     """
-    with open_binary(url) as file, pq.ParquetFile(file) as parquet:
+    with _undamaged(url), open_binary(url) as file, pq.ParquetFile(file) as parquet:
         known = parquet.metadata
         sizes = [known.row_group(number).num_rows for number in range(known.num_row_groups)]
         ends = np.cumsum(sizes)
@@ -455,7 +485,7 @@ def list_columns(url: str) -> list[str]:
     ------
     FileNotFoundError
     """
-    with open_binary(url) as file:
+    with _undamaged(url), open_binary(url) as file:
         names: list[str] = pq.read_schema(file).names
     return names
 

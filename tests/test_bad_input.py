@@ -324,6 +324,10 @@ def test_parquet_without_images(tmp_path: Path) -> None:
         ("select.keep_fraction={column: clip_score, fraction: 2}", "got 2"),
         ("embed.encoder=none", "embed.encoder"),
         ("select.prefer=[", "must be valid YAML"),
+        ("select.prefer=[best]", "select.prefer.0 must be 'mismatch', "),
+        ("dedup.min_cosine=", "got nothing"),
+        ("remove.lists=a.txt", "remove.lists must be a list; got 'a.txt'"),
+        ("remove.lists=[{path: a, by: uid, x: 1}]", "remove.lists.0 has no field 'x'"),
     ],
 )
 def test_setting_that_does_not_hold(tmp_path: Path, setting: str, said: str) -> None:
@@ -362,6 +366,7 @@ def test_no_such_pipeline(tmp_path: Path) -> None:
     arguments = ("--input", tmp_path, "--output", tmp_path / "out")
     assert "Did you mean dedup?" in refuse("run", "dedupe", *arguments)
     assert "No such file" in refuse("run", "mine.yaml", *arguments)
+    assert "got a folder. Name one of them" in refuse("run", tmp_path, *arguments)
 
 
 def test_options_that_do_not_hold(tmp_path: Path) -> None:
@@ -373,6 +378,32 @@ def test_options_that_do_not_hold(tmp_path: Path) -> None:
     for option, value in (("--limit", 0), ("--limit", "many"), ("--workers", 0)):
         assert option in refuse(*arguments, "--input", one, option, value)
     assert "No such option" in refuse(*arguments, "--inputs", one)
+    assert "must not be combined" in refuse("columns", "--json", "--markdown")
+    share = ("--held-out", "0.15", "--held-out-list", "a.csv")
+    assert "must not be combined" in refuse("ablate", tmp_path / "out", *share)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"- local", "must be a mapping with `kind`"),
+        (b"workers: 2", "kind must be one of local, local-cuda, slurm, kubernetes; got None"),
+        (b"kind: [", "must be valid YAML"),
+    ],
+)
+def test_cluster_that_does_not_hold(tmp_path: Path, content: bytes, said: str) -> None:
+    folder = write_tar(tmp_path / "in" / "0.tar", []).parent
+    (tmp_path / "cluster.yaml").write_bytes(content)
+    arguments = ("--input", folder, "--output", tmp_path / "out")
+    assert said in refuse("run", "dedup", *arguments, "--cluster", tmp_path / "cluster.yaml")
+
+
+def test_table_that_no_rule_asks_for_must_be_there_too(tmp_path: Path) -> None:
+    folder = write_tar(tmp_path / "in" / "0.tar", pair("a", b"", b"a caption")).parent
+    arguments = ("run", "dedup", "--input", folder, "--output", tmp_path / "out")
+    table = f"select.score_tables=[{{path: {tmp_path}/none.csv, on: url}}]"
+    assert "none.csv: must be a file, folder or pattern" in refuse(*arguments, "--set", table)
 
 
 def test_output_of_something_else(tmp_path: Path) -> None:
@@ -381,8 +412,9 @@ def test_output_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.tex").write_text("irreplaceable", encoding="utf-8")
     arguments = ("--input", folder, "--output", tmp_path / "out")
     assert "found 'thesis.tex' and no run.json" in refuse("run", "dedup", *arguments)
+    assert "found 'thesis.tex' and no run.json" in refuse("plan", "dedup", *arguments)
     assert list_tree(tmp_path / "out") == {"thesis.tex"}
-    assert "thesis.tex" in refuse("clean", tmp_path / "out")
+    assert "it holds no run.json" in refuse("clean", tmp_path / "out")
 
 
 def test_output_that_is_a_file(tmp_path: Path) -> None:
@@ -390,12 +422,97 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("irreplaceable", encoding="utf-8")
     assert str(tmp_path / "out") in refuse("run", "dedup", "-i", folder, "-o", tmp_path / "out")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "irreplaceable"
+    assert str(tmp_path / "out") in refuse("plan", "dedup", "-i", folder, "-o", tmp_path / "out")
     below = tmp_path / "out" / "below"
     assert str(tmp_path / "out") in refuse("run", "dedup", "-i", folder, "-o", below)
 
 
 def test_output_as_input(bad: Run, tmp_path: Path) -> None:
     assert "is an output of curate" in refuse_input(tmp_path, bad.out)
+
+
+def test_output_within_the_input(tmp_path: Path) -> None:
+    """The next run would read it."""
+    folder = write_tar(tmp_path / "in" / "0.tar", []).parent
+    for name in ("run", "plan"):
+        line = refuse(name, "dedup", "--input", folder, "--output", folder / "out")
+        assert "must not lie in the input" in line
+    assert list_tree(folder) == {"0.tar"}
+
+
+def ask_all(out: Path, target: Path) -> dict[str, str]:
+    """Ask everything that can be asked of a finished run; return what is said instead."""
+    asked = {
+        "show": ("show", out, "abcdef"),
+        "stats": ("stats", out),
+        "report": ("report", out),
+        "export": ("export", out, "--to", "hf", "--output", target),
+        "ablate": ("ablate", out, "--plan"),
+        "clean": ("clean", out),
+    }
+    return {name: refuse(*arguments) for name, arguments in asked.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (None, "there is no such folder"),
+        (b"{", "its run.json is damaged"),
+        (b"[]", "its run.json is damaged"),
+        (b"\xff\xfe{", "its run.json is damaged"),
+        (b'{"status": "finished"}', "its run.json is damaged"),
+        (b'{"status": "unfinished"}', "the one in it has not ended"),
+    ],
+)
+def test_what_holds_no_finished_run(tmp_path: Path, content: bytes | None, got: str) -> None:
+    out = tmp_path / "out"
+    if content is not None:
+        out.mkdir()
+        (out / "run.json").write_bytes(content)
+    for line in ask_all(out, tmp_path / "target").values():
+        assert f"{out}: must hold a finished run; {got}. " in line
+        assert " with `curate run`" in line or " with the same `curate run`" in line
+    assert not (tmp_path / "target").exists()
+
+
+def copy_three(three: Path, out: Path) -> None:
+    """Copy the output of three kept samples; other tests may have decided anew."""
+    succeed(*of_three(three), "--workers", 1)
+    shutil.copytree(three / "out", out)
+
+
+def test_run_writes_a_damaged_mark_anew(three: Path, tmp_path: Path) -> None:
+    copy_three(three, tmp_path / "out")
+    whole = read_summary(tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text("{", encoding="utf-8")
+    given = ("--input", three / "in", "--output", tmp_path / "out", "--workers", 1)
+    succeed("run", "dedup", *given, "--set", "ingest.shard_samples=1")
+    again = read_summary(tmp_path / "out")
+    assert again["counts"] == whole["counts"]
+    assert again["stages"] == whole["stages"]
+
+
+def test_damaged_results(three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    copy_three(three, out)
+    for path in (*out.glob("stages/select-*/shards/*"), *out.glob("shards/*")):
+        cut(path, path.stat().st_size // 2)
+    for arguments in (("show", out, "abcdef"), ("report", out)):
+        line = refuse(*arguments, exit_code=1)
+        assert "must be Parquet as it was written; it is damaged" in line
+        assert "curate run" in line
+    shutil.rmtree(out / "stages")
+    assert "stages/ was removed" in refuse("show", out, "abcdef")
+    shutil.rmtree(out / "decisions")
+    line = refuse("export", out, "--to", "keep-list", "--output", tmp_path / "to", exit_code=1)
+    assert "must hold the 3 kept samples of its run.json; got 0" in line
+
+
+def test_what_cannot_be_read_at_all(tmp_path: Path) -> None:
+    """The last resort: what the system says, in one line."""
+    (tmp_path / "out" / "run.json").mkdir(parents=True)
+    line = refuse("stats", tmp_path / "out", exit_code=1)
+    assert "run.json: cannot be used; Is a directory. Correct that" in line
 
 
 def test_clean_of_what_is_no_output(tmp_path: Path) -> None:

@@ -187,6 +187,18 @@ def test_numbers_in_exponent_form_are_numbers(tmp_path: Path) -> None:
     assert load_pipeline(name, [setting]).stages[2].model_dump()["min_cosine"] == 0.5
 
 
+def test_only_true_and_false_are_booleans(tmp_path: Path) -> None:
+    """YAML 1.1 would read the field `on` of a table as true, and Norwegian as false."""
+    assert read_yaml("[true, False, on, no, y]", "here") == [True, False, "on", "no", "y"]
+    path = write(
+        tmp_path, "ingest: {}\nembed: {plugins: [language]}\nselect: {languages: [en, no]}"
+    )
+    assert load_pipeline(path).stages[-1].model_dump()["languages"] == ("en", "no")
+    setting = parse_setting("select.score_tables=[{path: a.csv, on: url}]")
+    stage = load_pipeline(path, [setting]).stages[-1].model_dump()
+    assert stage["score_tables"][0]["on"] == "url"
+
+
 def missing_stages(name: str) -> set[str]:
     return set(yaml.safe_load((SHIPPED / f"{name}.yaml").read_text("utf-8"))) - STAGES.keys()
 

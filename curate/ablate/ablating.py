@@ -119,6 +119,7 @@ def _ablate(
     room = open_select(request.out, run)
     settings = propose(room) if request.grid is None else read_grid(request.grid)
     _check_heads(request.model, settings)
+    _check_cosines(run, settings)
     named = None if request.held_out_list is None else read_uids(request.held_out_list)
     pairs = choose_pairs(room, request.held_out, request.limit, request.seed, named)
     labels = _read_labels(request, run, pairs)
@@ -161,6 +162,18 @@ def _check_heads(model: str, settings: Sequence[Setting]) -> None:
                     f"--model heads: knows no mitigation.{name}. Leave it out of the grid, or take "
                     "another model."
                 )
+
+
+def _check_cosines(run: dict[str, Any], settings: Sequence[Setting]) -> None:
+    """Refuse what asks for pairs that the run has not searched for."""
+    searched = run["stages"].get("dedup", {}).get("parameters", {}).get("min_cosine", 0)
+    for setting in settings:
+        asked = setting.values.get("dedup.min_cosine", searched)
+        if asked < searched:
+            raise ConfigError(
+                f"--grid: dedup.min_cosine must be at least {searched}, from which the run looked "
+                f"for copies; got {asked}. Raise it, or run with less first."
+            )
 
 
 def _read_labels(request: Request, run: dict[str, Any], pairs: Pairs) -> Labels | None:

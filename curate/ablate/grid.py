@@ -4,14 +4,13 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from curate.ablate.students import Mitigation
-from curate.config import nearest, read_yaml
+from curate.config import describe_fault, nearest, read_yaml_file
 from curate.engine.finished import open_room
 from curate.errors import ConfigError
 from curate.stages.base import Room
@@ -145,14 +144,7 @@ def read_grid(path: str) -> list[Setting]:
     ConfigError
         If it cannot be read, is no such list, or holds fewer than two settings.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(
-            f"--grid {path}: must be a readable YAML file; {why}. Correct the path."
-        ) from error
-    found = read_yaml(text, path)
+    found = read_yaml_file(path, "--grid")
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise ConfigError(
             f"{path}: must be a list of settings, each a mapping such as "
@@ -238,12 +230,7 @@ def _decide(room: Room, setting: Setting) -> Decided:
     try:
         stage = setting.stage(base)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(["select", *(str(part) for part in first["loc"])])
-        wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise ConfigError(
-            f"--grid: {place} must be {wanted}; got {first['input']!r}. Correct it."
-        ) from error
+        raise ConfigError(f"--grid: {describe_fault(error, 'select')}. Correct it.") from error
     _check_columns(room, base, stage)
     least = setting.values.get(_MIN_COSINE)
     if least is not None and not room.has("cluster_id"):

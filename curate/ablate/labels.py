@@ -71,13 +71,15 @@ def read_uids(path: str) -> frozenset[str]:
 def _read_columns(option: str, path: str, names: tuple[str, ...]) -> list[list[str | None]]:
     what = f"a table of {' and '.join(names)}"
     if not storage.exists(path):
-        raise InputError(f"{option} {path}: must be {what}; there is none there.")
+        raise InputError(f"{option} {path}: must be {what}; no such path. Correct it.")
     with readable(path, what):
         table = _read(path)
     for name in names:
         if name not in table.column_names:
             shown = ", ".join(table.column_names[:12]) or "none"
-            raise InputError(f"{option} {path}: must have the column {name}; got {shown}.")
+            raise InputError(
+                f"{option} {path}: must have the column {name}; got {shown}. Rename one."
+            )
     return [table[name].cast(pa.string()).to_pylist() for name in names]
 
 

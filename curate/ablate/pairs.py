@@ -113,7 +113,8 @@ def choose_pairs(
         option = f"--held-out {share:g}" if named is None else "--held-out-list"
         raise InputError(
             f"{option}: must leave at least {LEAST_HELD_OUT} pairs of different clusters to judge "
-            f"by; got {len(held)} of {len(rows)} usable samples. Raise it, or run on more."
+            f"by; got {len(held)} of {len(rows)} usable samples. Raise it or "
+            "--limit, or run on more."
         )
     texts = [captions[row] for row in rows]
     names = (chosen, np.array([normalise_caption(text) for text in texts], str))

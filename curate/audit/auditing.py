@@ -23,6 +23,7 @@ from curate.errors import (
     MissingWeightsError,
     OutputError,
 )
+from curate.formats.sources import find_root, list_files
 from curate.memorization.folds import hash_unit
 from curate.memorization.rarity import RARE
 from curate.report.audit_page import render_audit
@@ -173,7 +174,10 @@ class _Folders:
                  "--model": request.model}  # fmt: skip
         for name, value in given.items():
             if value:
-                raise ConfigError(f"{name}: says nothing of folders of embeddings. Leave it out.")
+                raise ConfigError(
+                    f"{name}: must not be given with folders of embeddings, which {paths[0]} is. "
+                    "Leave it out."
+                )
         first = read_folder(paths[0])
         number = np.shape(next(iter(first.candidates.values())))[-2]
         names = Path(paths[0], "candidates", "uids.txt")
@@ -230,6 +234,15 @@ class _Checkpoints:
             raise ConfigError(
                 f"--model: says nothing of {paths[0]}, which names its own. Leave it out."
             )
+        # What is soon known before what takes a while.
+        if request.reference in files and not Path(request.reference).is_file():
+            raise InputError(
+                f"--reference {request.reference}: must be a checkpoint; no such file. Correct it."
+            )
+        if request.run:
+            read_finished(request.run)
+        for inputs in (request.candidates, request.held_out):
+            list_files(inputs, find_root(inputs))
         from curate.models.precision import pick_device
 
         self._device, self._model = pick_device(), request.model or ""

@@ -72,7 +72,8 @@ def read_folder(folder: str) -> Embeddings:
         paths = sorted(Path(folder, part).glob("*.npy"))
         if len(paths) < 2:
             raise InputError(
-                f"{folder}: must hold {part}/NAME.npy for at least 2 modalities; got {len(paths)}."
+                f"{folder}: must hold {part}/NAME.npy for at least 2 modalities; got {len(paths)}. "
+                "Add them, or name checkpoints."
             )
         found.append({path.stem: _read_array(path) for path in paths})
     return Embeddings(*found)

@@ -123,7 +123,7 @@ def export(request: Request, workers: Mapper, progress: Progress) -> dict[str, A
     CurateError
     """
     if request.layout not in LAYOUTS:
-        near = nearest(request.layout, LAYOUTS)
+        near = nearest(request.layout, LAYOUTS) or " Name one of them."
         known = ", ".join(LAYOUTS)
         raise ConfigError(f"--to: must be one of {known}; got {request.layout!r}.{near}")
     run = read_finished(request.out)
@@ -181,8 +181,8 @@ def _write_lists(request: Request, run: dict[str, Any]) -> dict[str, Any]:
         for name in storage.list_names(folder)
         if name.endswith(".parquet")
     ]
+    _check_count(request, sum(map(len, tables)), run)
     kept = pa.concat_tables(tables)
-    _check_count(request, len(kept), run)
     if request.layout == "keep-list":
         storage.commit_table(storage.join(request.target, keep_list.NAME), kept)
         return {"samples": len(kept), "files": 1}

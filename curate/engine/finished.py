@@ -1,5 +1,6 @@
 """A finished OUT: what can be asked of it without its input."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,27 @@ from curate.stages.base import Room
 from curate.stages.report import Report, RunFacts, write_report
 from curate.stages.report_compare import Side, write_comparison
 
-__all__ = ["compare_runs", "open_room", "read_finished", "rebuild_report"]
+__all__ = ["compare_runs", "open_room", "read_finished", "read_run", "rebuild_report"]
 
 #: Tables whose shards are results, not rows beside those of the index.
 _RESULTS = ("write", "report")
+
+
+def read_run(out: str) -> dict[str, Any] | None:
+    """Return what `run.json` holds: None where there is none, an empty dict if it is damaged."""
+    try:
+        data = storage.read_bytes(storage.join(out, "run.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        found = json.loads(data)
+    except ValueError:  # JSON's and Unicode's
+        return {}
+    if not isinstance(found, dict) or "status" not in found:
+        return {}
+    told = found.get("stages"), found.get("facts")
+    is_whole = all(isinstance(one, dict) for one in told) and "ingest" in found["stages"]
+    return found if is_whole or found["status"] != "finished" else {}
 
 
 def read_finished(out: str, otherwise: str = "name another folder") -> dict[str, Any]:
@@ -29,11 +47,16 @@ def read_finished(out: str, otherwise: str = "name another folder") -> dict[str,
     OutputError
         If OUT holds no finished run.
     """
-    path = storage.join(out, "run.json")
-    found: dict[str, Any] = storage.read_json(path) if storage.exists(path) else {}
-    if found.get("status") != "finished":
+    found = read_run(out)
+    if found is None:
+        got = "it holds no run.json" if storage.exists(out) else "there is no such folder"
         raise OutputError(
-            f"{out}: must hold a finished run; it does not. Finish it with `curate run`, or "
+            f"{out}: must hold a finished run; {got}. Make one with `curate run`, or {otherwise}."
+        )
+    if found.get("status") != "finished":
+        got = "the one in it has not ended" if found else "its run.json is damaged"
+        raise OutputError(
+            f"{out}: must hold a finished run; {got}. Finish it with the same `curate run`, or "
             f"{otherwise}."
         )
     return found
@@ -53,7 +76,10 @@ def open_room(out: str, summary: dict[str, Any]) -> Room:
     }
     origins: dict[str, str] = {}
     room = Room(stage, folders, origins, frozenset())
-    shards = room.shards()
+    try:
+        shards = room.shards()
+    except FileNotFoundError:
+        shards = []
     for name in folders:
         if name in _RESULTS or not shards:
             continue

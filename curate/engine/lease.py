@@ -96,7 +96,7 @@ def _host() -> str:
 
 def _read(url: str) -> dict[str, Any]:
     try:
-        found = storage.read_json(url)
+        found = json.loads(storage.read_bytes(url))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return found if isinstance(found, dict) else {}

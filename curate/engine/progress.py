@@ -1,6 +1,8 @@
 """Show a run: a moving line per stage on a terminal, plain lines elsewhere."""
 
+import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,6 +17,8 @@ __all__ = ["PlainProgress", "TerminalProgress", "make_progress"]
 
 #: Seconds between plain lines of one stage: often enough to see life, rare enough for a CI log.
 _PLAIN_SECONDS = 10.0
+#: Seconds after which a task that takes long gets a line all the same: CI ends what is silent.
+_SILENT_SECONDS = 60.0
 #: Columns from which a bar is worth its room.
 _BAR_COLUMNS, _BAR_WIDTH = 72, 16
 #: Redraws a second: more would take half a per cent of a core.
@@ -26,7 +30,14 @@ _NAMED = 3
 def make_progress(stream: TextIO | None = None) -> "TerminalProgress | PlainProgress":
     """Return the display that fits a stream, by default stderr."""
     stream = stream or sys.stderr
-    return TerminalProgress(stream) if stream.isatty() else PlainProgress(stream)
+    return TerminalProgress(stream) if _can_move(stream) else PlainProgress(stream)
+
+
+def _can_move(stream: TextIO) -> bool:
+    """Tell whether lines can be drawn again: not in a pipe, in a CI log, on a dumb terminal."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        return False
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 class _Stage:
@@ -100,13 +111,26 @@ class PlainProgress:
         self._stream = stream
         self._stage: _Stage | None = None
         self._said = 0.0
+        self._lock = threading.RLock()
+        self._over = threading.Event()
 
     def __enter__(self) -> "PlainProgress":
+        threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
+        self._over.set()
         if kind is None:
-            self._close()
+            with self._lock:
+                self._close()
+
+    def _break_silence(self) -> None:
+        while not self._over.wait(_SILENT_SECONDS):
+            with self._lock:
+                now = time.monotonic()
+                if self._stage is not None and now - self._said >= _SILENT_SECONDS:
+                    self._said = now
+                    self._say(self._stage.told(now))
 
     def note(self, text: str) -> None:
         """See `curate.engine.runner.Progress`."""
@@ -114,20 +138,22 @@ class PlainProgress:
 
     def begin(self, stage: str, step: str, tasks: int, done: int, workers: int = 0) -> None:
         """See `curate.engine.runner.Progress`."""
-        now = time.monotonic()
-        if self._stage is None or self._stage.name != stage:
-            self._close()
-            self._stage, self._said = _Stage(stage, workers, now), now
-        self._stage.begin(step, tasks, done, now)
+        with self._lock:
+            now = time.monotonic()
+            if self._stage is None or self._stage.name != stage:
+                self._close()
+                self._stage, self._said = _Stage(stage, workers, now), now
+            self._stage.begin(step, tasks, done, now)
 
     def advance(self, counts: Mapping[str, float]) -> None:
         """See `curate.engine.runner.Progress`."""
-        assert self._stage is not None
-        self._stage.advance(counts)
-        now = time.monotonic()
-        if now - self._said >= _PLAIN_SECONDS and self._stage.done < self._stage.tasks:
-            self._said = now
-            self._say(self._stage.told(now))
+        with self._lock:
+            assert self._stage is not None
+            self._stage.advance(counts)
+            now = time.monotonic()
+            if now - self._said >= _PLAIN_SECONDS and self._stage.done < self._stage.tasks:
+                self._said = now
+                self._say(self._stage.told(now))
 
     def end(self) -> None:
         """See `curate.engine.runner.Progress`."""
@@ -204,6 +230,7 @@ class TerminalProgress:
         if self._stage is None or self._stage.name != stage:
             self._close()
             self._stage = _Stage(stage, workers, now)
+            self._stage.begin(step, tasks, done, now)
             self._task = self._progress.add_task(stage, start=False, stage=self._stage)
         self._stage.begin(step, tasks, done, now)
         # A bar that is full would count as the end of the stage.

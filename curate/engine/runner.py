@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from curate import storage
 from curate.config import Pipeline
-from curate.engine.finished import read_finished
+from curate.engine.finished import read_finished, read_run
 from curate.engine.lease import hold
 from curate.engine.manifest import fingerprint, is_complete, provenance
 from curate.engine.workers import ClusterOptions, Workers
@@ -143,7 +143,13 @@ def plan(pipeline: Pipeline, out: str) -> list[dict[str, Any]]:
         One per table: `stage`, `table`, `folder` (null until the download is complete), `state`
         (done | resume | new), `why`, and `steps`: name, tasks (null until earlier steps are done)
         and done.
+
+    Raises
+    ------
+    OutputError
+        If OUT is not ours.
     """
+    _check_ours(out)
     rows = []
     stages = bind(pipeline, out)
     for bound in stages:
@@ -222,13 +228,7 @@ def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterato
     OutputError
         If OUT is not ours, not writable, or in use.
     """
-    _check_store(out)
-    names = [name for name in storage.list_names(out) if not name.startswith(_BEFORE_RUN)]
-    if names and mark not in names:
-        raise OutputError(
-            f"{out}: must be empty or hold an earlier {holds}; found {names[0]!r} and no {mark}. "
-            "Choose another --output."
-        )
+    _check_ours(out, mark, holds)
     try:
         storage.make_folder(out)
     except StorageError as error:
@@ -253,6 +253,17 @@ def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterato
         yield
     finally:
         lock.release()
+
+
+def _check_ours(out: str, mark: str = "run.json", holds: str = "run") -> None:
+    """Refuse what holds something else, see `lock_output`."""
+    _check_store(out)
+    names = [name for name in storage.list_names(out) if not name.startswith(_BEFORE_RUN)]
+    if names and mark not in names:
+        raise OutputError(
+            f"{out}: must be empty or hold an earlier {holds}; found {names[0]!r} and no {mark}. "
+            "Choose another --output."
+        )
 
 
 def _check_store(out: str) -> None:
@@ -300,8 +311,7 @@ def _run(
         stage.prepare()
     stages = bind(pipeline, out)
     unfinished = [bound for bound in stages if bound.room.missing]
-    marked = storage.exists(storage.join(out, "run.json"))
-    previous = storage.read_json(storage.join(out, "run.json")) if marked else {}
+    previous = read_run(out) or {}
     if unfinished or previous.get("status") != "finished":
         storage.clear_temporaries(out)
         # The mark that OUT is ours and what lies in it unfinished, should this run be killed.

@@ -6,11 +6,10 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from curate import storage
-from curate.config import Pipeline, load_pipeline, read_yaml
+from curate.config import Pipeline, load_pipeline, read_yaml_file
 from curate.engine import runner, tracking
 from curate.engine.progress import make_progress
 from curate.engine.summary import in_units
@@ -19,6 +18,7 @@ from curate.errors import ConfigError, CurateError, NothingKeptError, OutputErro
 
 __all__ = [
     "carry_out",
+    "check_apart",
     "check_kept",
     "choose_cluster",
     "disk_need",
@@ -78,16 +78,12 @@ def choose_cluster(
         raise ConfigError(f"{' and '.join(used)}: must not be combined. Give one of them.")
     description = None
     if cluster_file is not None:
-        try:
-            text = Path(cluster_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--cluster {cluster_file}: must be a readable YAML file; {error.strerror}. "
-                "Correct the path."
-            ) from error
-        description = read_yaml(text, cluster_file)
+        description = read_yaml_file(cluster_file, "--cluster")
         if not isinstance(description, dict):
-            raise ConfigError(f"{cluster_file}: must be a mapping with `kind`. See the README.")
+            raise ConfigError(
+                f"{cluster_file}: must be a mapping with `kind`; it is not. Write e.g. `kind: "
+                "local`."
+            )
     return ClusterOptions(workers, scheduler, description)
 
 
@@ -115,6 +111,7 @@ def carry_out(
     """
     if tracker is not None:
         tracking.check_tracker(tracker)
+    check_apart(loaded, out)
     need_bytes = disk_need(loaded)  # also finds faults of the input before OUT is touched
     with runner.lock_output(out), _log_file(out):
         _warn_of_disk(need_bytes, out)
@@ -123,6 +120,24 @@ def carry_out(
         if tracker is not None:
             tracking.track(tracker, summary, out)
     return summary
+
+
+def check_apart(loaded: Pipeline, out: str) -> None:
+    """Refuse an OUT within a folder of the input: the next run would take it for input.
+
+    Raises
+    ------
+    ConfigError
+    """
+    first: Any = loaded.stages[0]
+    below = storage.filesystem(out)
+    for given in first.inputs:
+        fs, folder = storage.filesystem(given)
+        if fs == below[0] and below[1].startswith(folder.rstrip("/") + "/"):
+            raise ConfigError(
+                f"--output {out}: must not lie in the input; it lies in {given}. Choose another "
+                "--output."
+            )
 
 
 def check_kept(summary: dict[str, Any], out: str) -> None:

@@ -81,7 +81,8 @@ def show_samples(out: str, uids: tuple[str, ...]) -> list[dict[str, Any]]:
 def _only(run: _Run, uid: str, hits: list[tuple[str, str]]) -> tuple[str, str]:
     if len(uid) >= _LEAST_DIGITS and len(hits) == 1:
         return hits[0]
-    got = f"it names {len(hits)} samples" if len(uid) >= _LEAST_DIGITS else f"{len(uid)} digits"
+    got = f"one of {len(hits) or 'no'} samples"
+    got = got if len(uid) >= _LEAST_DIGITS else f"{len(uid)} digits"
     raise ConfigError(
         f"{clean_text(uid, 40)!r}: must be the uid of a sample of {run.out}, or its first "
         f"{_LEAST_DIGITS} or more digits; got {got}. The report and decisions/ hold the uids."

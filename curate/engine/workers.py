@@ -58,6 +58,13 @@ class ClusterOptions:
     scheduler: str | None = None
     cluster: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        kind = None if self.cluster is None else self.cluster.get("kind")
+        if self.cluster is not None and kind not in _CLUSTERS:
+            raise ConfigError(
+                f"--cluster: kind must be one of {', '.join(_CLUSTERS)}; got {kind!r}. Set it."
+            )
+
 
 def count_cores() -> int:
     """Return the cores that this process may use."""
@@ -208,11 +215,7 @@ class Workers:
 
         from distributed import Client
 
-        kind = description.pop("kind", None)
-        if kind not in _CLUSTERS:
-            raise ConfigError(
-                f"--cluster: kind must be one of {', '.join(_CLUSTERS)}; got {kind!r}. Set it."
-            )
+        kind = description.pop("kind")
         module, name = _CLUSTERS[kind]
         workers = description.pop("workers", None)
         if kind == "local":
@@ -302,7 +305,12 @@ def _count_local(options: ClusterOptions) -> int:
 def _in_background(load: Callable[..., None], *arguments: Any) -> None:
     keep_freed_memory()
     # A daemon: whatever goes wrong here goes wrong again, and is told, in the task that needs it.
-    threading.Thread(target=load, args=arguments, daemon=True).start()
+    threading.Thread(target=_unheard, args=(load, *arguments), daemon=True).start()
+
+
+def _unheard(load: Callable[..., None], *arguments: Any) -> None:
+    with contextlib.suppress(Exception):
+        load(*arguments)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ weights come inside packages).
 import contextlib
 import difflib
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,9 +161,22 @@ def load_checkpoint(model: str, path: str, device: str, where: str = "--model") 
     import open_clip
 
     name = _known_model(open_clip, model, where)
-    loaded, _, transform = open_clip.create_model_and_transforms(name)
+    with _no_word_of_weights():
+        loaded, _, transform = open_clip.create_model_and_transforms(name)
     fit_weights(loaded, read_weights(path), f"{path}: must hold weights of {name}")
     return _OpenClip(name, loaded, transform, device)
+
+
+@contextlib.contextmanager
+def _no_word_of_weights() -> Iterator[None]:
+    """Keep open_clip from warning that a model has none yet."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _known_model(open_clip: Any, model: str, where: str) -> str:

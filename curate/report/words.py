@@ -4,7 +4,14 @@ from typing import Any
 
 from curate.report.text import clean_text, tell_share
 
-__all__ = ["SPAN", "describe_facts", "describe_repeated", "describe_unlike", "stage_times"]
+__all__ = [
+    "SPAN",
+    "describe_facts",
+    "describe_repeated",
+    "describe_series",
+    "describe_unlike",
+    "stage_times",
+]
 
 _ODDITIES = {
     "truncated_files": "input files are cut off; what comes before the cut was read",
@@ -77,6 +84,26 @@ def describe_unlike(number: int, share: float, example: str, most: int) -> str:
     return (
         f"{many} shared by pictures that do not look alike ({share:.1%} of samples), as "
         f"“{_cut(example)}”; --set select.max_caption_repeats={most} keeps at most {most} of each"
+    )
+
+
+def describe_series(number: int, share: float, title: str, example: str) -> str:
+    """Return a warning of titles that unlike pictures share while what stands behind them differs.
+
+    Parameters
+    ----------
+    number : int
+        Titles.
+    share : float
+        Of the samples that have one of them.
+    title, example : str
+        One, and a caption that has it.
+    """
+    many = f"{number:,} titles are" if number > 1 else "1 title is"
+    return (
+        f"{many} shared by pictures that do not look alike, before words that differ "
+        f"({share:.1%} of samples), as “{_cut(title)}” in “{_cut(example)}”; where it is wrong, "
+        "name the samples in remove.lists"
     )
 
 

@@ -62,6 +62,8 @@ _CLUSTER_KEPT = 3
 _LADDER = 160
 #: Rows held for curves and for the search of repeated captions.
 _ROWS_HELD = 500_000
+#: Rows whose captions are taken apart into titles and what stands behind them.
+_ROWS_PARTED = 50_000
 
 #: Reasons why a sample could not even be looked at.
 _UNREADABLE = tuple(
@@ -148,9 +150,8 @@ class _Pass:
 
     def __init__(self, room: Room, count: int, seed: int, facts: dict[str, Any]) -> None:
         self.room, self.count, self.seed = room, count, seed
-        self.share = min(
-            1.0, _ROWS_HELD / max(sum(shard["samples"] for shard in room.layout()["shards"]), 1)
-        )
+        samples = max(sum(shard["samples"] for shard in room.layout()["shards"]), 1)
+        self.share = min(1.0, _ROWS_HELD / samples)
         mismatch = facts.get("select", {}).get("mismatch") or {}
         self.limit: float = mismatch.get("max_probability", np.inf)
         self.by_reason: dict[str | None, _Best] = {}
@@ -159,7 +160,7 @@ class _Pass:
         self.clusters: dict[str, int] = {}
         self.scores = SCORES
         self.ranges: dict[str, tuple[float, float]] = {}
-        self.captions = Captions(self.share)
+        self.captions = Captions(self.share, _ROWS_PARTED / samples)
         self.silent = 0
         self.judged: list[Judged] = []
 
@@ -209,6 +210,12 @@ class _Pass:
                 below, above = can & (probability <= self.limit), can & (probability > self.limit)
             self.best["below"].add(table, self.limit - probability, ranks, below)
             self.best["above"].add(table, probability - self.limit, ranks, above)
+        rarity = numbers(table, "rarity")
+        rare = ~np.isnan(rarity) & ~np.isnan(numbers(table, "width"))
+        # Of a copy nothing is lost.
+        copies = pc.starts_with(table["reason"], "duplicate_").fill_null(False).to_numpy()
+        self.best["rare_kept"].add(table, -rarity, ranks, rare & kept)
+        self.best["rare_dropped"].add(table, -rarity, ranks, rare & ~kept & ~copies)
         kinds = np.array(column(table, "memorization_kind"), object)
         self.best["beneficial"].add(table, -memorized, ranks, (kinds == "beneficial") & kept)
         self.best["harmful"].add(table, -memorized, ranks, (kinds == "harmful") & ~kept)
@@ -229,7 +236,9 @@ class _Pass:
             self.judged.append(judge(table, self.seed, self.share))
 
 
-_PICKED = ("dropped", "doubtful", "below", "above", "beneficial", "harmful")
+_PICKED = (
+    "dropped", "doubtful", "below", "above", "rare_kept", "rare_dropped", "beneficial", "harmful",
+)  # fmt: skip
 #: Two judges found that captions of less information mostly say nothing about their picture.
 _SILENT = 0.3
 
@@ -452,11 +461,13 @@ def _hang(first: _Pass, found: _Found) -> tuple[list[Gallery], dict[str, dict[st
         pick("beneficial and kept", best["beneficial"]),
         pick("harmful and dropped", best["harmful"]),
     )
+    rare = (pick("kept", best["rare_kept"]), pick("dropped, copies aside", best["rare_dropped"]))
     reasons = first.by_reason
     broken = [pick(f"{code}: {REASONS[code]}", reasons.get(code)) for code in _UNREADABLE]
     hang("threshold", "At the threshold", *near)
     hang("clusters", "Largest clusters of copies", *_clusters(first, found))
     hang("doubtful", "Most probably mismatched", pick("", best["doubtful"]))
+    hang("rare", "Rarest", *rare)
     hang("memorized", "Memorized", *kinds)
     hang("kept", "Kept, at random", pick("", reasons.get(None)))
     hang("dropped", "Dropped, at random", pick("", best["dropped"]))
@@ -470,6 +481,7 @@ _MEANINGS = {
     "threshold": "Samples whose mismatch probability is nearest to where the run drew its line.",
     "clusters": "Samples joined by duplicate edges: who represents them first, then the nearest.",
     "doubtful": "Highest mismatch probability, whatever became of the sample.",
+    "rare": "Farthest from all others: the long tail as it was kept, and what filtering cost.",
     "memorized": "Memorized means learned only by having been trained on. What is rare and right "
     "is worth it; a wrong caption is not.",
     "kept": "A random draw of what is in shards/.",

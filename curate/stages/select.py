@@ -201,6 +201,11 @@ class Select(Stage):
             "score_tables": [one.identity() for one in self.score_tables],
         }
 
+    def prepare(self) -> None:
+        """Refuse tables that are not there, those included that no rule asks for."""
+        for table in self.score_tables:
+            table.list_files()
+
     def sources(self) -> list[dict[str, Any]]:
         find_columns(self)
         return [table.content() for table in self.tables_used()]

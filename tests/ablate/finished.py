@@ -106,6 +106,7 @@ def _decide(out: Path, folders: dict[str, str], parameters: dict[str, Any]) -> N
             step.run(room, task)
     stages = {name: {"fingerprint": "0", "parameters": {}} for name in folders}
     stages["select"]["parameters"] = parameters
+    stages["dedup"]["parameters"] = {"min_cosine": 0.7}
     stages["embed.vectors"]["parameters"] = {"encoder": "offline"}
     run = {"status": "finished", "name": "test", "stages": stages, "facts": {}}
     storage.commit_json(f"{out}/run.json", run)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from curate.audit.models import is_named
 from curate.audit.panel import list_samples
 from curate.audit.tracking import track_series
 from curate.engine.tracking import check_tracker
-from curate.errors import ConfigError, InputError, LimitExceededError, OutputError
+from curate.errors import ConfigError, CurateError, InputError, LimitExceededError, OutputError
 from curate.models.encoders import torch_threads
 from curate.report.audit_words import describe_audit
 from curate.schema import public_columns, select_schema
@@ -273,6 +274,22 @@ def test_a_checkpoint_is_never_executed(trained: Trained, tmp_path: Path) -> Non
         run(trained.request(str(tmp_path / "text.pt")))
 
 
+def test_what_is_not_there_is_told_before_a_model_is_loaded(
+    trained: Trained, tmp_path: Path
+) -> None:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    request = trained.request(str(tmp_path / "text.pt"))
+    none = str(tmp_path / "none")
+    for change, told in (
+        ({"reference": none}, "--reference .*: must be a checkpoint; no such file"),
+        ({"candidates": (none,)}, "no such path"),
+        ({"held_out": (none,)}, "no such path"),
+        ({"run": none}, "must hold a finished run; there is no such folder"),
+    ):
+        with pytest.raises(CurateError, match=told):
+            run(replace(request, **change))
+
+
 def test_a_panel_of_one(trained: Trained, tmp_path: Path) -> None:
     tar = write_pairs(tmp_path / "one.tar", trained.held_out[:1])
     with pytest.raises(InputError, match="--held-out: must be at least 2"):
@@ -322,7 +339,7 @@ def test_folders_of_embeddings_of_three_modalities(tmp_path: Path) -> None:
         one["estimates"]["multimem"]["mean"] / 3
     )
     assert figures(one)["auc"] == one["auc"]
-    with pytest.raises(ConfigError, match="--model: says nothing"):
+    with pytest.raises(ConfigError, match="--model: must not be given with folders of embeddings"):
         run(Request((str(model),), model="ViT-B-32"))
     (model / "held_out" / "sound.npy").unlink()
     with pytest.raises(InputError, match="must hold the modalities"):

@@ -1,5 +1,13 @@
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
 
 import pytest
 
@@ -14,9 +22,119 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_display_fits_the_stream() -> None:
+@pytest.fixture(autouse=True)
+def _a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs these tests may be a CI, or have no colours."""
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.parametrize(
+    ("variables", "moves"),
+    [
+        ({}, True),
+        ({"CI": "false"}, True),
+        ({"NO_COLOR": "1"}, True),
+        ({"CI": "true"}, False),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "unknown"}, False),
+    ],
+    ids=["terminal", "not-ci", "no-color", "ci", "dumb", "unknown"],
+)
+def test_the_display_fits_the_stream(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], moves: bool
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert isinstance(make_progress(io.StringIO()), PlainProgress)
-    assert isinstance(make_progress(Terminal()), TerminalProgress)
+    assert isinstance(make_progress(Terminal()), TerminalProgress if moves else PlainProgress)
+
+
+#: Three stages, shown for long enough to be drawn anew.
+SCRIPT = """
+import time
+from curate.engine.progress import make_progress
+with make_progress() as progress:
+    progress.note("Dask dashboard: http://127.0.0.1:8787/status")
+    for stage in ("ingest", "decontaminate", "report"):
+        progress.begin(stage, "shards", 3, 0, 2)
+        for _ in range(3):
+            time.sleep(0.1)
+            progress.advance({"samples": 40, "reason.decode_error": 7})
+        progress.end()
+"""
+
+
+def on_a_terminal(columns: int, **variables: str) -> str:
+    """Run the script on a terminal of so many columns; return everything that is sent to it."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: v for name, v in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stderr=theirs, env={**environment, **variables}
+    )
+    os.close(theirs)
+    sent = b""
+    try:
+        while part := os.read(ours, 1 << 16):
+            sent += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    return sent.decode()
+
+
+def drawn(sent: str) -> list[str]:
+    return [
+        line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)) if line
+    ]
+
+
+def test_a_terminal_of_forty_columns() -> None:
+    sent = on_a_terminal(40)
+    lines = drawn(sent)
+    assert all(len(line) <= 40 for line in lines)
+    assert "0/0" not in sent, "a stage is shown before its first step"
+    last = [line.split()[:3] for line in lines[-3:]]
+    assert last == [[name, "done", "in"] for name in ("ingest", "decontaminate", "report")]
+    assert sent.rstrip("\r\n").endswith("\x1b[?25h"), "the cursor is back"
+
+
+def test_a_terminal_without_colours() -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-9](;[0-9;]*)?m")
+    assert colour.search(on_a_terminal(100))
+    assert not colour.search(on_a_terminal(100, NO_COLOR="1"))
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"CI": "true"}], ids=["dumb", "ci"])
+def test_a_terminal_that_cannot_be_drawn_on(variables: dict[str, str]) -> None:
+    sent = on_a_terminal(40, **variables)
+    assert "\x1b" not in sent
+    names = [line.partition(":")[0] for line in sent.splitlines()]
+    assert names == ["Dask dashboard", "ingest", "decontaminate", "report"]
+
+
+def test_a_long_task_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.01)
+    said = threading.Event()
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            if "0/1 tasks" in text:
+                said.set()
+            return super().write(text)
+
+    stream = Stream()
+    with PlainProgress(stream) as progress:
+        progress.begin("select", "decide", 1, 0, 2)
+        assert said.wait(60)
+        progress.advance({"samples": 3})
+        progress.end()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "select: decide 0/1 tasks, 2 workers"
+    assert lines[-1].startswith("select: done in")
 
 
 def test_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,12 @@ def test_galleries_hold_what_they_say(tmp_path: Path) -> None:
         kept = [rows[uid]["keep"] for uid in group.uids]
         assert kept == sorted(kept, reverse=True)
         assert len({rows[uid]["cluster_id"] for uid in group.uids}) == 1
+    tail = sorted(everything, key=lambda row: -row["rarity"])
+    for group, side in zip(groups["rare"], (True, False), strict=True):
+        of_side = [row for row in tail if row["keep"] == side]
+        of_side = [row for row in of_side if not (row["reason"] or "").startswith("duplicate_")]
+        assert list(group.uids) == [row["uid"] for row in of_side[:10]]
+        assert group.total == len(of_side)
     beneficial, harmful = groups["memorized"]
     assert all(
         rows[u]["memorization_kind"] == "beneficial" and rows[u]["keep"] for u in beneficial.uids
