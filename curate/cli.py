@@ -329,7 +329,7 @@ def audit(
     and held_out/NAME.npy for each modality. Several give the curve over training. Exit code 3: a
     limit was exceeded.
     """
-    from curate.audit import auditing
+    from curate.audit import auditing, sources
     from curate.audit.tracking import track_series
     from curate.engine.progress import make_progress
     from curate.engine.tracking import check_tracker
@@ -337,7 +337,7 @@ def audit(
 
     if track:
         check_tracker(track)
-    request = auditing.Request(
+    request = sources.Request(
         checkpoints=checkpoints, candidates=candidates, held_out=held_out, run=run_out, output=out,
         **options,
     )  # fmt: skip

@@ -145,10 +145,10 @@ def _storage_error(url: str, error: OSError) -> StorageError:
     why = error.strerror or str(error)
     advice = {
         "No space left on device": "Free some space and run the same command again to resume.",
-        "Permission denied": "Make it writable or choose another --output.",
-        "Read-only file system": "Choose another --output.",
-        "No such file or directory": "Choose another --output.",
-        "Not a directory": "Choose another --output.",
+        "Permission denied": "Make it writable or choose another folder.",
+        "Read-only file system": "Choose another folder.",
+        "No such file or directory": "Choose another folder.",
+        "Not a directory": "Choose another folder.",
         "The specified bucket does not exist": "Create it and run the same command again.",
     }.get(why, "Run the same command again to resume.")
     return StorageError(f"{url}: cannot be written: {why}. {advice}")

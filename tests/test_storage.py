@@ -126,8 +126,8 @@ def test_a_failed_table_leaves_nothing(folder: str) -> None:
     ("number", "advice"),
     [
         (errno.ENOSPC, "No space left on device. Free some space and run the same command again"),
-        (errno.EACCES, "Permission denied. Make it writable or choose another --output."),
-        (errno.EROFS, "Read-only file system. Choose another --output."),
+        (errno.EACCES, "Permission denied. Make it writable or choose another folder."),
+        (errno.EROFS, "Read-only file system. Choose another folder."),
         (errno.EIO, "Input/output error. Run the same command again to resume."),
     ],
 )

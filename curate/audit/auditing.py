@@ -1,38 +1,30 @@
 """`curate audit`: what one model, or each checkpoint of a training, memorized."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.audit.copies import Looks, find_copies, look_at
 from curate.audit.measures import Embeddings, Measures, measure
-from curate.audit.models import find_shared, is_named, list_checkpoints, read_folder, step_of
-from curate.audit.panel import Panel, embed_panel, finished_run, join_run, list_samples
-from curate.audit.recall import Recall, measure_recall, name_objects
-from curate.engine.finished import read_finished
+from curate.audit.models import list_checkpoints, step_of
+from curate.audit.recall import Recall, measure_recall
+from curate.audit.sources import Known, Request, open_source
 from curate.engine.runner import Progress
 from curate.errors import (
     ConfigError,
-    InputError,
     LimitExceededError,
-    MissingWeightsError,
     OutputError,
 )
-from curate.formats.sources import find_root, list_files
-from curate.memorization.folds import hash_unit
 from curate.memorization.rarity import RARE
 from curate.report.audit_page import render_audit
 from curate.report.plain import read_style
 
 if TYPE_CHECKING:
-    from curate.models.encoders import Encoder
+    pass
 
-__all__ = ["EXPOSURES", "Request", "audit", "check_limits", "figures"]
+__all__ = ["EXPOSURES", "audit", "check_limits", "figures"]
 
 Array = np.ndarray[Any, Any]
 
@@ -40,69 +32,6 @@ Array = np.ndarray[Any, Any]
 EXPOSURES = {"seen once": (1, 1), "seen 2-4 times": (2, 4), "seen 5+ times": (5, np.inf)}
 #: From this probability of mismatch on a caption counts as wrong, as in `memorization_kind`.
 _WRONG = 0.5
-_SEED_PUBLIC = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to audit.
-
-    Parameters
-    ----------
-    checkpoints : tuple of str
-        Files or patterns; `open_clip:MODEL/PRETRAINED`, see `encoders.load_named`; or folders of
-        embeddings, see `models.read_folder`.
-    model : str or None
-        open_clip's name of the files' architecture, or a .json file that describes it.
-    candidates, held_out : tuple of str
-        As `curate run` takes inputs. A finished OUT stands for what it kept.
-    reference : str or None
-        A checkpoint, name or folder of a model that did not see the candidates.
-    run : str or None
-        A finished run whose decisions tell of the candidates; default: theirs.
-    output : str or None
-    limit : int
-        Candidates, and held-out pairs, that are measured at most.
-    seed : int
-        Draws them.
-    search : bool
-        Look for copies, of held-out pairs among the candidates and of candidates, and test for
-        deja vu; else only the models themselves are run.
-    drop_overlap : bool
-        Leave out held-out pairs that are among the candidates, instead of refusing.
-    max_memorization : float or None
-        Limit of mean memorization.
-    max_harmful : float or None
-        Limit of the share of candidates that are memorized and wrong.
-    """
-
-    checkpoints: tuple[str, ...]
-    model: str | None = None
-    candidates: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    reference: str | None = None
-    run: str | None = None
-    output: str | None = None
-    limit: int = 10_000
-    seed: int = 0
-    search: bool = True
-    drop_overlap: bool = False
-    max_memorization: float | None = None
-    max_harmful: float | None = None
-
-
-@dataclass
-class _Known:
-    """What is known of the candidates, whatever the model."""
-
-    uids: list[str]
-    clusters: Array
-    columns: dict[str, Array] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    #: For the deja vu test.
-    objects: tuple[Array, Array] | None = None
-    texts: tuple[Array, Array] | None = None
-    public: Array | None = None
 
 
 def audit(request: Request, progress: Progress) -> dict[str, Any]:
@@ -127,13 +56,7 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
     if request.output:
         _check_output(request.output)
     paths = list_checkpoints(request.checkpoints)
-    folders = [Path(path).is_dir() for path in paths]
-    if any(folders) != all(folders):
-        raise InputError(
-            f"{paths[folders.index(False)]}: must be a folder of embeddings, as "
-            f"{paths[folders.index(True)]} is; it is a file. Audit them apart."
-        )
-    source = _Folders(request, paths) if folders[0] else _Checkpoints(request, paths, progress)
+    source = open_source(request, paths, progress)
     known = source.known
     if request.max_harmful is not None and "mismatch_probability" not in known.columns:
         raise ConfigError(
@@ -166,221 +89,7 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
     return report
 
 
-class _Folders:
-    """Embeddings that others made."""
-
-    def __init__(self, request: Request, paths: Sequence[str]) -> None:
-        given = {"--candidates": request.candidates, "--held-out": request.held_out,
-                 "--model": request.model}  # fmt: skip
-        for name, value in given.items():
-            if value:
-                raise ConfigError(
-                    f"{name}: must not be given with folders of embeddings, which {paths[0]} is. "
-                    "Leave it out."
-                )
-        first = read_folder(paths[0])
-        number = np.shape(next(iter(first.candidates.values())))[-2]
-        names = Path(paths[0], "candidates", "uids.txt")
-        uids = (
-            names.read_text("utf-8").split() if names.is_file() else list(map(str, range(number)))
-        )
-        if len(uids) != number:
-            raise InputError(f"{names}: must hold {number} uids, one a line; got {len(uids)}.")
-        self.known = _Known(uids, np.array(uids, str))
-        self.known.warnings.append(
-            "held-out samples were compared with the candidates by equal embeddings alone"
-        )
-        self._shared = find_shared(first)
-        self._count = np.shape(next(iter(first.held_out.values())))[-2]
-        if len(self._shared):
-            self._refuse(paths[0], request)
-        if request.run:
-            _take_run(self.known, request.run)
-
-    def _refuse(self, path: str, request: Request) -> None:
-        if not request.drop_overlap:
-            raise InputError(
-                f"{path}: held_out must hold nothing that is among the candidates; "
-                f"{len(self._shared)} of {self._count} samples are (by equal embeddings), the "
-                f"first in row {self._shared[0]}. Leave them out with --drop-overlap, or write "
-                "others."
-            )
-        self.known.warnings.append(
-            f"{len(self._shared)} held-out samples are among the candidates (by equal embeddings): "
-            "left out"
-        )
-
-    def load(self, path: str) -> Embeddings:
-        found = read_folder(path)
-        names = found.held_out
-        if not len(self._shared) or np.shape(next(iter(names.values())))[-2] != self._count:
-            return found
-        rest = {name: np.delete(rows, self._shared, axis=-2) for name, rows in names.items()}
-        return Embeddings(found.candidates, rest)
-
-
-class _Checkpoints:
-    """Models of open_clip, and the samples that they embed."""
-
-    def __init__(self, request: Request, paths: Sequence[str], progress: Progress) -> None:
-        files = [path for path in (*paths, request.reference) if path and not is_named(path)]
-        for name, value in (("--model", request.model or not files),
-                            ("--candidates", request.candidates),
-                            ("--held-out", request.held_out)):  # fmt: skip
-            if not value:
-                which = files[0] if name == "--model" else paths[0]
-                raise ConfigError(f"{name}: must be given, to embed with {which}. Add it.")
-        if request.model and not files:
-            raise ConfigError(
-                f"--model: says nothing of {paths[0]}, which names its own. Leave it out."
-            )
-        # What is soon known before what takes a while.
-        if request.reference in files and not Path(request.reference).is_file():
-            raise InputError(
-                f"--reference {request.reference}: must be a checkpoint; no such file. Correct it."
-            )
-        if request.run:
-            read_finished(request.run)
-        for inputs in (request.candidates, request.held_out):
-            list_files(inputs, find_root(inputs))
-        from curate.models.precision import pick_device
-
-        self._device, self._model = pick_device(), request.model or ""
-        # Before hours of work on the samples: the first tells whether the architecture is right.
-        self._loaded = (paths[0], self._encoder(paths[0]))
-        if request.reference:
-            self._encoder(request.reference)
-        self._prepare(request, progress)
-
-    def _encoder(self, path: str) -> "Encoder":
-        from curate.models.encoders import load_checkpoint, load_named
-
-        if is_named(path):
-            return load_named(path, self._device)
-        return load_checkpoint(self._model, path, self._device)
-
-    def _prepare(self, request: Request, progress: Progress) -> None:
-        run = request.run or finished_run(request.candidates)
-        dataset = _dataset_of(run) if run else ""
-        everything = list_samples(request.candidates, "--candidates", dataset)
-        held_out = list_samples(request.held_out, "--held-out").draw(request.limit, request.seed)
-        panel = everything.draw(request.limit, request.seed)
-        warnings: list[str] = []
-        judge = _load_judge(warnings) if request.search else None
-        panel, looks = _usable(panel, judge, "--candidates")
-        held_out, held_looks = _usable(held_out, judge, "--held-out")
-        known = _Known(panel.uids, np.array(panel.uids, str), warnings=warnings)
-        if request.search:
-            progress.begin("audit", "copies", -(-len(everything) // 1024), 0)
-            copies = find_copies(
-                everything,
-                (panel, looks),
-                (held_out, held_looks),
-                judge,
-                lambda samples: progress.advance({"samples": samples}),
-            )
-            progress.end()
-            held_out, rest = _without(held_out, copies.overlap, request, known.warnings)
-            held_looks = held_looks.take(rest)
-            known.clusters = copies.clusters
-            known.columns["seen"] = copies.seen.astype(float)
-        else:
-            known.warnings.append("neither copies nor deja vu were looked for")
-        if run:
-            _take_run(known, run)
-        self.panel, self.held_out, self.known = panel, held_out, known
-        if judge is not None:
-            self._prepare_recall(judge, looks, held_looks)
-
-    def _prepare_recall(self, judge: "Encoder", looks: Looks, held_looks: Looks) -> None:
-        """Objects, and what a text embedder makes of captions."""
-        from curate.models.encoders import Precision, embed_captions
-
-        public = hash_unit(self.held_out.uids, _SEED_PUBLIC, "public") < 0.5
-        if looks.vectors is None or held_looks.vectors is None or public.all() or not public.any():
-            return
-        both = [name_objects(judge, one) for one in (looks.vectors, held_looks.vectors)]
-        if both[0] is None or both[1] is None:
-            return
-        self.known.objects, self.known.public = (both[0], both[1]), public
-        sides = (self.panel.captions, self.held_out.captions)
-        texts = [embed_captions(judge, side, 64, Precision())[0] for side in sides]
-        self.known.texts = (texts[0], texts[1])
-
-    def load(self, path: str) -> Embeddings:
-        if self._loaded[0] != path:
-            self._loaded = (path, self._encoder(path))
-        encoder = self._loaded[1]
-        parts = [embed_panel(encoder, one)[0] for one in (self.panel, self.held_out)]
-        return Embeddings(parts[0], parts[1])
-
-
-def _dataset_of(run: str) -> str:
-    stages = read_finished(run)["stages"]
-    return str(stages.get("ingest", {}).get("parameters", {}).get("dataset", ""))
-
-
-def _load_judge(warnings: list[str]) -> "Encoder | None":
-    """Load the packaged encoder, which finds copies and names objects."""
-    from curate.models.encoders import load_encoder
-    from curate.models.precision import pick_device
-
-    try:
-        return load_encoder("offline", pick_device())
-    except MissingWeightsError as error:
-        warnings.append(f"near-duplicates and deja vu are not measured: {error}")
-        return None
-
-
-def _usable(panel: Panel, judge: "Encoder | None", where: str) -> tuple[Panel, Looks]:
-    """Leave out what cannot be decoded."""
-    looks = look_at(panel, judge)
-    rows = np.flatnonzero(looks.valid)
-    if len(rows) < 2:
-        raise InputError(
-            f"{where}: must be at least 2 samples whose images decode, for an interval; got "
-            f"{len(rows)} of {len(panel)}. Name more."
-        )
-    return panel.take(rows), looks.take(rows)
-
-
-def _without(
-    held_out: Panel, overlap: dict[int, str], request: Request, warnings: list[str]
-) -> tuple[Panel, Array]:
-    """Refuse held-out pairs that are among the candidates, or leave them out."""
-    rest = np.setdiff1d(np.arange(len(held_out)), list(overlap))
-    if not overlap:
-        return held_out, rest
-    kinds = list(overlap.values())
-    how = ", ".join(f"{kinds.count(kind)} by {kind}" for kind in dict.fromkeys(kinds))
-    first = held_out.index["key"][next(iter(overlap))].as_py()
-    if not request.drop_overlap:
-        raise InputError(
-            f"--held-out: must hold nothing that is among the candidates; {len(overlap)} of "
-            f"{len(held_out)} pairs are ({how}), the first with key {first!r}. Leave them out with "
-            "--drop-overlap, or name others."
-        )
-    if len(rest) < 2:
-        raise InputError(
-            f"--held-out: must keep at least 2 pairs that are not among the candidates; got "
-            f"{len(rest)}. Name others."
-        )
-    warnings.append(f"{len(overlap)} held-out pairs are among the candidates ({how}): left out")
-    return held_out.take(rest), rest
-
-
-def _take_run(known: _Known, run: str) -> None:
-    found = join_run(run, known.uids)
-    known.clusters = found.pop("cluster_id")
-    sizes = found.pop("cluster_size")
-    seen = known.columns.get("seen", np.ones(len(sizes)))
-    known.columns["seen"] = np.where(np.isfinite(sizes), sizes, seen)
-    for name, values in found.items():
-        if np.isfinite(values).any():
-            known.columns[name] = values
-
-
-def _recall(known: _Known, model: Embeddings, reference: Embeddings | None) -> Recall | None:
+def _recall(known: Known, model: Embeddings, reference: Embeddings | None) -> Recall | None:
     if known.objects is None or known.texts is None or known.public is None:
         return None
     sides = []
@@ -396,7 +105,7 @@ def _recall(known: _Known, model: Embeddings, reference: Embeddings | None) -> R
     return measure_recall(sides[0], sides[1], against, known.objects, known.clusters, known.public)
 
 
-def _parts(known: _Known) -> dict[str, dict[str, Array]]:
+def _parts(known: Known) -> dict[str, dict[str, Array]]:
     """Parts of the candidates by what is known of them."""
     parts: dict[str, dict[str, Array]] = {}
     columns = known.columns
@@ -429,7 +138,7 @@ def _parts(known: _Known) -> dict[str, dict[str, Array]]:
 
 
 def _summarize(
-    path: str, number: int, found: Measures, known: _Known, recall: Recall | None
+    path: str, number: int, found: Measures, known: Known, recall: Recall | None
 ) -> dict[str, Any]:
     split = {name: found.split(known.clusters, parts) for name, parts in _parts(known).items()}
     wrong = known.columns.get("mismatch_probability")
@@ -449,7 +158,7 @@ def _summarize(
     }
 
 
-def _table(path: str, found: Measures, known: _Known, recall: Recall | None) -> pa.Table:
+def _table(path: str, found: Measures, known: Known, recall: Recall | None) -> pa.Table:
     """One row per candidate: its measures, and what is known of it."""
     number = len(known.uids)
     columns: dict[str, Any] = {"checkpoint": [path] * number, "uid": known.uids}

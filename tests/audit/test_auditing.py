@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from curate import storage
 from curate.audit import tracking
-from curate.audit.auditing import Request, audit, check_limits, figures
+from curate.audit.auditing import audit, check_limits, figures
 from curate.audit.models import is_named
 from curate.audit.panel import list_samples
+from curate.audit.sources import Request
 from curate.audit.tracking import track_series
 from curate.engine.tracking import check_tracker
 from curate.errors import ConfigError, CurateError, InputError, LimitExceededError, OutputError

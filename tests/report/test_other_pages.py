@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from curate.ablate import ablating
-from curate.audit import auditing
+from curate.audit import auditing, sources
 from curate.report.ablate_page import render_ablation
 from curate.report.audit_page import render_audit
 from curate.report.plain import read_style
@@ -89,7 +89,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Report:
         (paths[-1] / "candidates/uids.txt").write_text("\n".join(uids))
     scores = write_scores(folder / "run", uids)
     reference = write_embeddings(folder / f"reference {NAME}", 0, 5)
-    asked = auditing.Request(
+    asked = sources.Request(
         tuple(str(path) for path in paths), reference=str(reference), run=str(scores)
     )
     return auditing.audit(asked, Silent())
