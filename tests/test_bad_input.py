@@ -553,7 +553,7 @@ def test_read_only_output(three: Path, tmp_path: Path) -> None:
         given = command("run", "dedup", "--input", three / "in", "--output", where)
         done = in_own_mounts(mount, out, *given)
         assert done.returncode == 2, done.stderr
-        assert "hoose another --output" in only_error(done.stderr)
+        assert "hoose another" in only_error(done.stderr)
     assert list_tree(out) == set()
 
 

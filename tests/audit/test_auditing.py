@@ -397,7 +397,8 @@ def write_run(out: Path, uids: list[str]) -> Path:
     schema = select_schema(public_columns("decisions"))
     columns = [pa.array(known.get(f.name, [None] * count), f.type) for f in schema]
     storage.commit_table(str(out / "decisions/00000.parquet"), pa.table(columns, schema=schema))
-    storage.commit_json(str(out / "run.json"), {"status": "finished", "stages": {}})
+    ended = {"status": "finished", "stages": {"ingest": {}}, "facts": {}}
+    storage.commit_json(str(out / "run.json"), ended)
     return out
 
 
