@@ -153,7 +153,11 @@ def make_run(
         "pipeline": "write: {}\n",
         "counts": {"ingested": COUNT, "kept": kept, "dropped": dropped},
         "facts": {"select": {"mismatch": {"expected_rate": 0.0123}}},
-        "stages": {"write": {"fingerprint": bound[-1].fingerprints["write"]}},
+        "stages": {
+            name: {"fingerprint": fingerprint}
+            for one in (bound[0], bound[-1])
+            for name, fingerprint in one.fingerprints.items()
+        },
         "versions": provenance(),
     }
     storage.commit_json(str(out / "run.json"), run)

@@ -355,7 +355,8 @@ def test_a_run_that_is_not_finished(out: Path, tmp_path: Path) -> None:
     run_json = storage.read_json(str(copy / "run.json"))
     storage.commit_json(str(copy / "run.json"), {**run_json, "status": "unfinished"})
     refused(OutputError, "must hold a finished run", str(copy), str(tmp_path / "x"), "hf")
-    storage.commit_json(str(copy / "run.json"), {**run_json, "stages": {}})
+    ingest_alone = {"ingest": run_json["stages"]["ingest"]}
+    storage.commit_json(str(copy / "run.json"), {**run_json, "stages": ingest_alone})
     refused(OutputError, "must be a run with the stage write", str(copy), str(tmp_path / "x"), "hf")
 
 
