@@ -422,9 +422,10 @@ def ablate(
 def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""
     from curate.engine import runner
-    from curate.engine.finished import read_finished
+    from curate.engine.finished import read_finished, read_run
 
-    read_finished(out, "remove the folder")  # before anything of OUT is touched
+    if read_run(out) is None:
+        read_finished(out, "remove the folder")  # the lock would make what is not there
     with runner.lock_output(out):
         removed = runner.clean(out)
     for name in removed:
