@@ -8,7 +8,6 @@ the same run. Prints one JSON line.
 
 import json
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,19 +18,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.dedup_device import measure_device
-from benchmarks.signature import read_pairs
-from curate.formats.pixels import read_square
-from curate.memorization.mismatch import normalise_caption
+from benchmarks.reliability import read_data
 from curate.models.clip_proxy import (
     ClipShape,
     build_clip,
-    choose_words,
     embed_views,
     encode,
-    fold_tokens,
     normalise_pixels,
     pick_dtype,
-    tokenize,
 )
 from curate.models.encoders import torch_threads
 from curate.models.precision import pick_device
@@ -43,13 +37,8 @@ _NAMES = ("pixels", "tokens", "codes")
 
 def _write_pairs(out: Path, work: Path, samples: int) -> int:
     """Put down pixels, tokens and codes of so many pairs; return the number of words."""
-    table = read_pairs(out, samples)
-    pictures = np.stack([read_square(data, _IMAGE_PX) for data in table["thumbnail"].to_pylist()])
-    captions = table["caption"].to_pylist()
-    tokens = tokenize(captions)
-    words = choose_words(Counter(tokens.ravel().tolist()))
-    columns = (table["cluster_id"].to_pylist(), [normalise_caption(text) for text in captions])
-    codes = [np.unique(column, return_inverse=True)[1] for column in columns]
+    data = read_data(out, samples)
+    pictures = data.pixels
     rows = np.arange(samples) % len(pictures)
     pixels = np.lib.format.open_memmap(
         work / "pixels.npy", "w+", np.uint8, (samples, *pictures.shape[1:])
@@ -60,9 +49,9 @@ def _write_pairs(out: Path, work: Path, samples: int) -> int:
         seen = augment_pixels(part).byte() if start else part
         pixels[start : start + len(part)] = seen.numpy()
     pixels.flush()
-    np.save(work / "tokens.npy", fold_tokens(tokens, words)[rows])
-    np.save(work / "codes.npy", np.stack(codes, axis=1).astype(np.int64)[rows])
-    return len(words)
+    np.save(work / "tokens.npy", data.tokens[rows])
+    np.save(work / "codes.npy", data.codes[rows])
+    return data.words
 
 
 def _train(work: str, words: int, recipe: ClipRecipe, views: int, proxy: int) -> list[float]:
