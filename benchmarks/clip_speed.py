@@ -8,7 +8,7 @@ the same run. Prints one JSON line.
 
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -101,7 +101,12 @@ def main(
     begun = time.time()
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         given = [(str(work), words, recipe, views, proxy) for proxy in range(proxies)]
-        done = np.array([task.result() for task in [pool.submit(_train, *one) for one in given]])
+        ended = []
+        for task in as_completed([pool.submit(_train, *one) for one in given]):
+            ended.append(task.result())
+            took = np.diff(ended[-1][:3]).round(1).tolist()
+            click.echo(f"{len(ended)} of {proxies}: training, embedding {took} s", err=True)
+    done = np.array(ended)
     # From the first step to the last; loading torch is what a worker does once.
     first, wall = done[:, 0].min(), time.time() - begun
     training = done[:, 1].max() - first

@@ -52,7 +52,8 @@ _LEAST_OCCURRENCES = 2
 _PADDING, _UNKNOWN, _FIRST_WORD = 0, 1, 2
 
 #: Rows per inference batch, always padded to this: a row's result must not depend on its shard.
-_BATCH = 128
+#: A GPU takes as long for few as for many.
+_BATCHES = {"cpu": 128, "cuda": 1024}
 
 #: CLIP's own (Radford et al. 2021), of pixels in [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -180,8 +181,14 @@ def fold_tokens(tokens: Array, words: Array) -> Array:
 
 def normalise_pixels(pixels: Tensor) -> Tensor:
     """(B, 3, S, S) float32 in [0, 255] -> what the image tower takes, channels last."""
-    mean, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (_MEAN, _SPREAD))
+    mean, spread = (_channels(values, pixels.device) for values in (_MEAN, _SPREAD))
     return ((pixels / 255 - mean) / spread).contiguous(memory_format=torch.channels_last)
+
+
+@cache  # while a graph is captured nothing can be moved to a GPU
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def encode(model: CLIP, pixels: Tensor, tokens: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -228,9 +235,10 @@ def embed_view(
     width = model.text_projection.shape[1]
     image, text = (np.empty((len(pixels), width), np.float32) for _ in range(2))
     device = next(model.parameters()).device
-    for start in range(0, len(pixels), _BATCH):
-        rows = np.minimum(np.arange(start, start + _BATCH), len(pixels) - 1)
-        count = min(_BATCH, len(pixels) - start)
+    batch = _BATCHES[device.type]
+    for start in range(0, len(pixels), batch):
+        rows = np.minimum(np.arange(start, start + batch), len(pixels) - 1)
+        count = min(batch, len(pixels) - start)
         whole = torch.from_numpy(pixels[rows]).to(device).float()
         ids = torch.from_numpy(tokens[rows]).to(device)
         with torch.inference_mode():

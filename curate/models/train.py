@@ -5,7 +5,7 @@ start is most of the result, and on thousands it saves most of the epochs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curate.models.encoders import torch_threads
 from curate.models.proxy import Heads, HeadsShape, chance_loss, contrastive_loss
+from curate.models.steps import Step, eager_step
 
 __all__ = [
     "RETRIES",
@@ -249,7 +250,8 @@ def _fit(
         heads.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
 
-    def loss_of(rows: Tensor, alike: Tensor) -> Tensor:
+    def loss_of(inputs: Sequence[Tensor]) -> Tensor:
+        rows, alike = inputs
         image, text = (
             head.project(part[rows] + spread * torch.randn(len(rows), len(spread)))
             for head, part, spread in zip((heads.image, heads.text), white, spreads, strict=True)
@@ -261,16 +263,20 @@ def _fit(
             observe(heads.eval())
             heads.train()
 
+    def ask(rows: Tensor, alike: Tensor) -> list[Tensor]:
+        return [rows, alike]
+
     heads.train()
-    return fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of, shown)
+    step = eager_step(optimiser, loss_of)
+    return fit_contrastive(step, groups, recipe.epochs, recipe.batch, ask, shown)
 
 
 def fit_contrastive(
-    optimiser: torch.optim.Optimizer,
+    step: Step,
     groups: Array,
     epochs: int,
     batch: int,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    ask: Callable[[Tensor, Tensor], Sequence[Tensor]],
     after_epoch: Callable[[], None] | None = None,
     rows: Array | None = None,
 ) -> list[float]:
@@ -278,16 +284,16 @@ def fit_contrastive(
 
     Parameters
     ----------
-    optimiser : torch.optim.Optimizer
-        Over what is trained, at the highest learning rate.
+    step : callable
+        See `curate.models.steps`.
     groups : (N, G) int64
         Rows that share an entry of any column are not each other's negatives.
     epochs : int
     batch : int
         Pairs per step, at most a quarter of the data.
-    loss_of : callable
-        The loss of a batch, of its rows (B,) int64 and of the pairs among them that are alike,
-        (B, B) bool.
+    ask : callable
+        What `step` is given of a batch, of its rows (B,) int64 and of the pairs among them that are
+        alike, (B, B) bool.
     after_epoch : callable, optional
     rows : (T,) int64, optional
         What an epoch goes through, in this order, instead of all rows in one drawn anew.
@@ -304,23 +310,18 @@ def fit_contrastive(
     if steps == 0:
         return []
     total = steps * epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     kinds = torch.from_numpy(groups)
     losses: list[float] = []
     while len(losses) < epochs and (not losses or math.isfinite(losses[-1])):
         order = torch.randperm(count) if rows is None else torch.from_numpy(rows)
         chance = 0.0
         total_loss = torch.zeros((), dtype=torch.float64)
-        for step in range(steps):
-            chosen = order[step * batch : (step + 1) * batch]
+        for number in range(steps):
+            chosen = order[number * batch : (number + 1) * batch]
             alike = (kinds[chosen, None] == kinds[None, chosen]).any(-1)
-            loss = loss_of(chosen, alike)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
+            loss = step(ask(chosen, alike), _rate(len(losses) * steps + number, total))
             # Left where it is: to ask a GPU for it is to wait until it has done all it was given.
-            total_loss = total_loss.to(loss.device) + loss.detach()
+            total_loss = total_loss.to(loss.device) + loss
             chance += chance_loss(alike)
         losses.append(total_loss.item() / max(chance, 1e-6))  # without any rivals both are 0
         if after_epoch is not None:

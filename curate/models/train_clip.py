@@ -1,7 +1,7 @@
 """Trains a small CLIP end to end: deterministic for a seed, one thread and one device."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from curate.models.clip_proxy import (
     normalise_pixels,
 )
 from curate.models.encoders import torch_threads
+from curate.models.steps import eager_step, graphed_step
 from curate.models.train import RETRIES, fit_contrastive, has_learned
 
 __all__ = ["ClipRecipe", "ClipTraining", "Disturb", "augment_pixels", "train_clip"]
@@ -167,31 +168,42 @@ def _fit(
     if pairs is not None:
         groups = groups[pairs].reshape(len(pairs), -1)
         rows = np.arange(len(pairs))
+    whose = None if pairs is None else torch.from_numpy(pairs)
     device = next(model.parameters()).device
+    images, texts = (torch.from_numpy(part).to(device) for part in (pixels, tokens))
+    on_gpu = device.type == "cuda"
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True,
+        capturable=on_gpu,
+    )  # fmt: skip
 
-    def loss_of(taken: Tensor, alike: Tensor) -> Tensor:
-        chosen = taken.numpy()
-        whose = (chosen, chosen) if pairs is None else pairs[chosen].T
-        both = zip((pixels, tokens), whose, strict=True)
-        pictures, captions = (np.concatenate(part[:, own]) for part, own in both)
-        seen = augment_pixels(torch.from_numpy(pictures).to(device))
-        words = _drop_tokens(torch.from_numpy(captions)).to(device)
+    def ask(chosen: Tensor, alike: Tensor) -> list[Tensor]:
+        # Drawn on the CPU whatever the device, so that it draws the same.
+        own, spoken = (chosen, chosen) if whose is None else whose[chosen].unbind(1)
+        views = _draw_views(len(images) * len(chosen))
+        hidden = torch.rand(len(texts) * len(chosen), texts.shape[2]) < _DROPPED_TOKENS
+        return [own, spoken, *views, hidden, alike]
+
+    def loss_of(inputs: Sequence[Tensor]) -> Tensor:
+        own, spoken, *views, hidden, alike = (given.to(device) for given in inputs)
+        seen = _change_views(images[:, own].flatten(0, 1), *views)
+        words = _hide_words(texts[:, spoken].flatten(0, 1), hidden)
         words = words if disturb.tokens is None else disturb.tokens(words)
         sides = encode(model, normalise_pixels(seen), words, recipe.dtype)
         if disturb.vectors is not None:
             changed = disturb.vectors({"image": sides[0], "text": sides[1]})
             sides = changed["image"], changed["text"]
         _limit_scale(model)
-        measure, scale = GroupedClipLoss(alike.to(device)), model.logit_scale.exp()
-        modalities = [part for side in sides for part in side.view(-1, len(chosen), side.shape[1])]
+        measure, scale = GroupedClipLoss(alike), model.logit_scale.exp()
+        modalities = [part for side in sides for part in side.view(-1, len(own), side.shape[1])]
         losses = [measure(one, other, scale) for one, other in combinations(modalities, 2)]
         return torch.stack(losses).mean()
 
     model.train()
-    losses = fit_contrastive(optimiser, groups, recipe.epochs, recipe.batch, loss_of, rows=rows)
+    # What disturbs a step may draw, which a graph would not do anew.
+    graphed = on_gpu and disturb == Disturb()
+    step = graphed_step(model, optimiser, loss_of) if graphed else eager_step(optimiser, loss_of)
+    losses = fit_contrastive(step, groups, recipe.epochs, recipe.batch, ask, rows=rows)
     _limit_scale(model)
     return losses
 
@@ -206,24 +218,29 @@ def augment_pixels(pixels: Tensor) -> Tensor:
 
     Pictures are not mirrored: captions name left and right, and hold letters.
     """
-    count = len(pixels)
+    return _change_views(pixels, *(part.to(pixels.device) for part in _draw_views(len(pixels))))
+
+
+def _draw_views(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames (B, 2, 3) within the picture, contrast and brightness (B, 1, 1, 1)."""
     side = _LEAST_CROP + (1 - _LEAST_CROP) * torch.rand(count)
     shift = (2 * torch.rand(count, 2) - 1) * (1 - side)[:, None]
     frame = torch.zeros(count, 2, 3)
     frame[:, 0, 0] = frame[:, 1, 1] = side
     frame[:, :, 2] = shift
-    size = list(pixels.shape)
-    # Drawn on the CPU whatever the device, so that it draws the same.
-    grid = functional.affine_grid(frame.to(pixels.device), size, align_corners=False)
-    seen = functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
     gain = 1 + _JITTER * (2 * torch.rand(count, 1, 1, 1) - 1)
     lift = 255 * _JITTER / 2 * (2 * torch.rand(count, 1, 1, 1) - 1)
-    gain, lift = gain.to(pixels.device), lift.to(pixels.device)
+    return frame, gain, lift
+
+
+def _change_views(pixels: Tensor, frame: Tensor, gain: Tensor, lift: Tensor) -> Tensor:
+    grid = functional.affine_grid(frame, list(pixels.shape), align_corners=False)
+    seen = functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
     return (gain * (seen - 127.5) + 127.5 + lift).clamp(0, 255)
 
 
-def _drop_tokens(tokens: Tensor) -> Tensor:
+def _hide_words(tokens: Tensor, hidden: Tensor) -> Tensor:
     """Replace some words by the unknown one; start and end stay, by which the tower pools."""
     marks = tokens.max(1, keepdim=True).values - 1  # start mark; the end mark is one above
     words = (tokens > 1) & (tokens < marks)
-    return torch.where(words & (torch.rand(tokens.shape) < _DROPPED_TOKENS), 1, tokens)
+    return tokens.masked_fill(words & hidden, 1)
