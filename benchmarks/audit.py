@@ -29,8 +29,8 @@ from curate.audit import Embeddings, Measures, Monitor, measure
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import read_square
 from curate.memorization.protocol import draw_sets, training_masks
-from curate.models.clip_proxy import ClipShape, build_clip, normalise_pixels, pick_dtype
-from curate.models.precision import pick_device
+from curate.models.clip_proxy import ClipShape, build_clip, normalise_pixels
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, train_clip
 
 Array = np.ndarray[Any, Any]

@@ -25,10 +25,9 @@ from curate.models.clip_proxy import (
     embed_views,
     encode,
     normalise_pixels,
-    pick_dtype,
 )
 from curate.models.encoders import torch_threads
-from curate.models.precision import pick_device
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, augment_pixels, train_clip
 
 _IMAGE_PX = 64

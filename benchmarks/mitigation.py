@@ -53,9 +53,9 @@ from curate.models.clip_proxy import (
     encode,
     fold_tokens,
     normalise_pixels,
-    pick_dtype,
     tokenize,
 )
+from curate.models.precision import pick_dtype
 from curate.models.train_clip import augment_pixels
 from curate.stages.score import Score
 from curate.stages.select import mismatch_limit

@@ -34,10 +34,9 @@ from curate.models.clip_proxy import (
     choose_words,
     embed_views,
     fold_tokens,
-    pick_dtype,
     tokenize,
 )
-from curate.models.precision import pick_device
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.proxy import HeadsShape, embed_pairs
 from curate.models.train import Recipe, fit_front, train_heads
 from curate.models.train_clip import ClipRecipe, train_clip

@@ -38,10 +38,9 @@ from curate.models.clip_proxy import (
     choose_words,
     embed_view,
     fold_tokens,
-    pick_dtype,
     tokenize,
 )
-from curate.models.precision import pick_device
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, train_clip
 
 IMAGE_PX = 64

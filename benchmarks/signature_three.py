@@ -23,8 +23,7 @@ from benchmarks.signature import IMAGE_PX, Samples, join_groups, judge, make_sam
 from benchmarks.sources import normalise
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import decode
-from curate.models.clip_proxy import pick_dtype
-from curate.models.precision import pick_device
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe
 
 Array = np.ndarray[Any, Any]

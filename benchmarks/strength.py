@@ -28,8 +28,8 @@ from benchmarks.tradeoff import find_words, make_data, read_pixels
 from benchmarks.trial import Corpus, read_corpus
 from curate.engine.workers import keep_freed_memory
 from curate.memorization.folds import hash_unit
-from curate.models.clip_proxy import ClipShape, embed_view, pick_dtype
-from curate.models.precision import pick_device
+from curate.models.clip_proxy import ClipShape, embed_view
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, train_clip
 from curate.stages.score import Score
 

@@ -36,10 +36,9 @@ from curate.models.clip_proxy import (
     choose_words,
     embed_view,
     fold_tokens,
-    pick_dtype,
     tokenize,
 )
-from curate.models.precision import pick_device
+from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, train_clip
 from curate.stages.score import Score
 

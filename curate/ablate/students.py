@@ -302,9 +302,9 @@ Judged = tuple[Array, Array, Array | None, list[float]]
 def _train_clip(
     arrays: dict[str, Array], rows: Array, mitigation: Mitigation, seed: int, budget: Budget
 ) -> Judged:
-    from curate.models.clip_proxy import ClipShape, embed_view, pick_dtype
+    from curate.models.clip_proxy import ClipShape, embed_view
     from curate.models.encoders import torch_threads
-    from curate.models.precision import pick_device
+    from curate.models.precision import pick_device, pick_dtype
     from curate.models.train_clip import ClipRecipe, train_clip
 
     device = pick_device()

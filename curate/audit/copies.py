@@ -63,9 +63,8 @@ class Looks:
 
 def look_at(panel: Panel, encoder: "Encoder | None") -> Looks:
     """Decode the panel's pictures once."""
-    from curate.models.clip_proxy import pick_dtype
     from curate.models.encoders import Precision, embed_pictures, torch_threads
-    from curate.models.precision import pick_device
+    from curate.models.precision import pick_device, pick_dtype
 
     # What finds copies may be rough, and is the dearest part: this runs five times as fast.
     precision = Precision(pick_dtype(pick_device()), channels_last=True)

@@ -32,7 +32,6 @@ __all__ = [
     "fold_tokens",
     "load_clip",
     "normalise_pixels",
-    "pick_dtype",
     "tokenize",
 ]
 
@@ -89,13 +88,6 @@ class ClipShape:
     text_width: int = 128
     text_layers: int = 2
     width: int = 128
-
-
-def pick_dtype(device: str) -> str:
-    """Return "bfloat16" where the device computes in it, "float32" where it would be emulated."""
-    if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16"
-    return "float32"
 
 
 def build_clip(shape: ClipShape) -> CLIP:

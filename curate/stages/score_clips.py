@@ -99,9 +99,9 @@ def _shape(words: Array) -> "ClipShape":
 
 def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     """Commit one proxy: weights, the mean of what it left out, and how its training went."""
-    from curate.models.clip_proxy import embed_views, fold_tokens, pick_dtype
+    from curate.models.clip_proxy import embed_views, fold_tokens
     from curate.models.encoders import torch_threads
-    from curate.models.precision import pick_device
+    from curate.models.precision import pick_device, pick_dtype
     from curate.models.train import has_rivals
     from curate.models.train_clip import ClipRecipe, train_clip
     from curate.models.weights import dump_weights

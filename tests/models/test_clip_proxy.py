@@ -21,7 +21,6 @@ from curate.models.clip_proxy import (
     fold_tokens,
     load_clip,
     normalise_pixels,
-    pick_dtype,
     tokenize,
 )
 from curate.models.encoders import torch_threads
@@ -235,8 +234,3 @@ def test_pixels_are_normalised_per_channel() -> None:
     found = normalise_pixels(pixels)
     np.testing.assert_allclose(found[0, :, 0, 0], [1.930336, 2.074883, 2.145897], atol=1e-5)
     np.testing.assert_allclose(found[1, :, 3, 3], [-1.792263, -1.752097, -1.480215], atol=1e-5)
-
-
-def test_a_gpu_computes_in_bfloat16() -> None:
-    assert pick_dtype("cuda") == "bfloat16"
-    assert pick_dtype("cpu") in DTYPES

@@ -6,7 +6,13 @@ import pytest
 
 from curate.models import precision as module
 from curate.models.encoders import Precision
-from curate.models.precision import MIN_COSINE, MIN_SPEED_SHARE, choose_precision, pick_device
+from curate.models.precision import (
+    MIN_COSINE,
+    MIN_SPEED_SHARE,
+    choose_precision,
+    pick_device,
+    pick_dtype,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -48,9 +54,11 @@ def choose(
     seconds: dict[tuple[str, bool], float],
     error: float = 0.0,
     device: str = "cpu",
+    has_units: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], Towers]:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "pick_dtype", lambda _: "bfloat16" if has_units else "float32")
     towers: Any = Towers(clock, lambda p: seconds[p.dtype, p.channels_last], error)
     chosen = choose_precision(towers, device, np.zeros((12, 3, 4, 4)), np.zeros((12, 5), int))
     return chosen, towers
@@ -111,6 +119,13 @@ def test_slower_variants_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     assert not chosen["image"]["channels_last"]
 
 
+def test_what_would_be_emulated_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, towers = choose(monkeypatch, times(plain_last=1), has_units=False)
+    assert {one.dtype for one in towers.seen} == {"float32"}
+    assert (chosen["image"]["dtype"], chosen["image"]["channels_last"]) == ("float32", True)
+    assert [len(chosen[tower]["tried"]) for tower in ("image", "text")] == [2, 1]
+
+
 def test_graphics_cards_try_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {("float32", False): 9.0, ("float32", True): 9.0}
     seconds |= {("float16", False): 1.0, ("float16", True): 2.0}
@@ -133,3 +148,8 @@ def test_device() -> None:
     import torch
 
     assert pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_gpu_computes_in_bfloat16() -> None:
+    assert pick_dtype("cuda") == "bfloat16"
+    assert pick_dtype("cpu") in {"bfloat16", "float32"}
