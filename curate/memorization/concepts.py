@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from curate.memorization.blocks import by_blocks
+from curate.memorization.blocks import by_blocks, exact_products
 
 __all__ = ["name_images"]
 
@@ -39,11 +39,11 @@ def name_images(image: Array, classifier: Array, names: Array) -> Array:
     (N, E) float32
         Not centred, not of unit norm.
     """
+    classify, spell = exact_products(classifier.T), exact_products(names)
 
     def name(rows: Array) -> Array:
-        logits = _STEEPNESS * (rows @ classifier.T)
+        logits = _STEEPNESS * classify(rows)
         chances = np.exp(logits - logits.max(axis=1, keepdims=True))
-        named: Array = (chances / chances.sum(axis=1, keepdims=True)) @ names
-        return named
+        return spell(chances / chances.sum(axis=1, keepdims=True))
 
     return by_blocks(name, image)

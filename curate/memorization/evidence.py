@@ -5,17 +5,19 @@ come from, are kept out of everything that the pair is compared with; else a det
 how phantoms are made instead of what a mismatch looks like.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from curate.memorization.blocks import by_blocks
+from curate.memorization.blocks import by_blocks, exact_products
 
 __all__ = ["EVIDENCE", "FEATURES", "Bank", "Pairs", "ProxyView", "gather_evidence", "highest"]
 
 Array = np.ndarray[Any, Any]
+Multiply = Callable[[Array], Array]
 
 #: Columns whose maximum stands for them in a first round.
 _GROUP = 32
@@ -140,10 +142,8 @@ def gather_evidence(
     ----------
     Zhang et al., LEMoN (arXiv:2407.18941), section 3: neighbours in either modality.
     """
-    near = by_blocks(
-        lambda image, text, rows: _neighbour_evidence(image, text, rows, bank),
-        *(pairs.image, pairs.text, pairs.rows),
-    )
+    cosines = exact_products(bank.image.T), exact_products(bank.text.T)
+    near = by_blocks(partial(_neighbour_evidence, cosines), pairs.image, pairs.text, pairs.rows)
     own, _, _ = _proxy_evidence(pairs, [shared] if shared else [])
     mean, spread, bits = _proxy_evidence(pairs, views)
     result = np.column_stack([mean, spread, near, own, bits])
@@ -158,7 +158,9 @@ def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> tuple[Array, Array,
     seen = np.zeros(count)
     for view in views:
         rows = np.flatnonzero(view.left_out)
-        found = by_blocks(partial(_under_proxy, pairs, view), rows)
+        references = view.text_references, view.image_references
+        cosines = [exact_products(part.T) for part in references]
+        found = by_blocks(partial(_under_proxy, pairs, view, cosines), rows)
         total[rows] += found
         squares[rows] += found[:, 0] ** 2
         seen[rows] += 1
@@ -168,7 +170,7 @@ def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> tuple[Array, Array,
     return mean[:, :-1], spread, mean[:, -1]
 
 
-def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
+def _under_proxy(pairs: Pairs, view: ProxyView, cosines: Sequence[Multiply], rows: Array) -> Array:
     """Cosine, contrastive loss against other captions and other images, the caption's bits."""
     image, text = view.image[rows].astype(np.float32), view.text[rows].astype(np.float32)
     cosine = (image * text).sum(1)
@@ -179,8 +181,8 @@ def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
     result = [cosine]
     kind: Any = np.float32 if view.scale <= _MAX_FLOAT32_SCALE else np.float64
     own = np.exp(view.scale * (cosine.astype(kind) - 1))
-    for queries, references in ((image, view.text_references), (text, view.image_references)):
-        logits = view.scale * ((queries @ references.T).astype(kind, copy=False) - 1)
+    for queries, multiply in zip((image, text), cosines, strict=True):
+        logits = view.scale * (multiply(queries).astype(kind, copy=False) - 1)
         powers = np.where(others, np.exp(logits), 0)
         total = powers.sum(1)
         result.append(np.log((own + total) / number) - view.scale * (cosine - 1))
@@ -191,10 +193,14 @@ def _under_proxy(pairs: Pairs, view: ProxyView, rows: Array) -> Array:
     return np.stack(result, axis=1)
 
 
-def _neighbour_evidence(image: Array, text: Array, rows: Array, bank: Bank) -> Array:
+def _neighbour_evidence(
+    cosines: tuple[Multiply, Multiply], image: Array, text: Array, rows: Array
+) -> Array:
     """See `FEATURES`: either side's, then the information."""
-    by_image = _without(image @ bank.image.T, rows)
-    by_text = _without(text @ bank.text.T, rows)
+    by_image, by_text = (
+        _without(multiply(part), rows)
+        for multiply, part in zip(cosines, (image, text), strict=True)
+    )
     near_image, near_text = _kernel(by_image), _kernel(by_text)
     # Pointwise mutual information by kernel densities: do the image's neighbours and the
     # caption's neighbours coincide more than by chance?

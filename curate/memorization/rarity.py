@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from curate.memorization.blocks import by_blocks
+from curate.memorization.blocks import by_blocks, exact_products
 from curate.memorization.evidence import highest
 
 __all__ = ["RARE", "isolation", "rank_scale"]
@@ -39,14 +39,15 @@ def isolation(
     (N,) float32, [0, 2]
         Higher is rarer; 2 where the bank holds nothing outside the cluster.
     """
+    by_side = [exact_products(part.T) for part in bank[:2]]
 
     def alone(image: Array, text: Array, clusters: Array) -> Array:
         lines, columns = np.nonzero(clusters[:, None] == bank[2])
         outside = len(bank[2]) - np.bincount(lines, minlength=len(clusters))
         last = np.maximum(np.minimum(neighbour, outside) - 1, 0)[:, None]
         total = np.zeros(len(clusters), np.float32)
-        for queries, base in ((image, bank[0]), (text, bank[1])):
-            cosines = queries @ base.T
+        for queries, multiply in zip((image, text), by_side, strict=True):
+            cosines = multiply(queries)
             cosines[lines, columns] = -1
             nearest = np.take_along_axis(highest(cosines, neighbour), last, 1)
             total += 1 - np.take_along_axis(cosines, nearest, 1)[:, 0]

@@ -1,7 +1,7 @@
 """What the steps of `dedup` read, and what they leave for others to read."""
 
 import bisect
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -179,13 +179,21 @@ def read_spots(room: Room) -> groups.Spots:
     )
 
 
-def thumbnail_reader(room: Room) -> ReadImage:
-    """Return a function that reads the thumbnail of a global row, earlier runs' after the own."""
-    starts, shards, runs = shard_starts(room), room.shards(), earlier_runs(room)
+def thumbnail_reader(room: Room, rows: Array) -> ReadImage:
+    """Return a function that reads thumbnails of global rows, earlier runs' after the own.
 
-    @lru_cache(maxsize=4)
-    def shard_thumbnails(number: int) -> pa.ChunkedArray:
-        return room.read(shards[number], ["thumbnail"])["thumbnail"]
+    Of the own only those of `rows`, (R,) int, whose files it keeps: pictures that are compared lie
+    in shards all over, and each shard is read once.
+    """
+    starts, shards, runs = shard_starts(room), room.shards(), earlier_runs(room)
+    wanted = np.unique(rows)
+
+    @cache
+    def shard_thumbnails(number: int) -> tuple[Array, pa.ChunkedArray]:
+        first, end = np.searchsorted(wanted, starts[number : number + 2])
+        own = wanted[first:end]
+        files = room.read(shards[number], ["thumbnail"])["thumbnail"]
+        return own, files.take(pa.array(own - starts[number]))
 
     @lru_cache(maxsize=4096)
     def read(row: int) -> Image.Image:
@@ -193,7 +201,8 @@ def thumbnail_reader(room: Room) -> ReadImage:
             run, own = locate(runs, starts[-1], row)
             return run.thumbnail(own)
         number = bisect.bisect_right(starts, row) - 1
-        return read_thumbnail(shard_thumbnails(number)[row - starts[number]].as_py())
+        kept, files = shard_thumbnails(number)
+        return read_thumbnail(files[int(np.searchsorted(kept, row))].as_py())
 
     return read
 

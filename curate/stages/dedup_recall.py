@@ -113,7 +113,8 @@ def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[st
         )
     apart = rows[query] != start + base[other]
     query, other = query[apart], other[apart]
-    confirmed = stage.confirm(rows[query], start + base[other], thumbnail_reader(room))
+    thumbnails = thumbnail_reader(room, np.r_[rows[query], start + base[other]])
+    confirmed = stage.confirm(rows[query], start + base[other], thumbnails)
     query, other = query[confirmed], base[other[confirmed]]
     draws = hash_unit(room.read(shard, [])["uid"].to_pylist(), stage.seed, "pairs")
     ranks = (draws[other] + (first + query) * _GOLDEN) % 1
@@ -160,7 +161,7 @@ def compare_known(room: Room, task: str) -> dict[str, float]:
     asked = storage.read_array_rows(room.path("query_rows.npy"), 0, count)
     rows, vectors = run.vectors(shard)
     first = first_row(room, int(number))
-    own, theirs, thumbnails = Rows.of(queries), Rows.of(vectors), thumbnail_reader(room)
+    own, theirs, thumbnails = Rows.of(queries), Rows.of(vectors), thumbnail_reader(room, asked)
     best = nearest_known(room, asked, own, first + rows, theirs, thumbnails)
     commit_edges(room, f"known/{task}.parquet", *best)
     return {"samples": len(rows)}

@@ -177,7 +177,7 @@ def search_part(room: Room, task: str) -> dict[str, float]:
     first, end = storage.read_array(room.path("parts.npy"))[int(task) : int(task) + 2].tolist()
     vectors, rows, cells = read_copies(room.path(), room.shards(), int(task))
     everything = Rows.of(vectors)
-    thumbnails = thumbnail_reader(room)
+    thumbnails = thumbnail_reader(room, rows)
     most = stage.max_candidates if stage.asks_pixels else None
     left, right, cosines = [], [], []
     spots: list[Array] = []

@@ -54,7 +54,7 @@ class Score(Stage):
     """Alignment under in- and out-proxies, probability of mismatch, rarity."""
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     proxy: Literal["heads", "clip"] = Field(
         "heads",

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.memorization.blocks import by_blocks
+from curate.memorization.blocks import by_blocks, exact_products
 from curate.memorization.evidence import EVIDENCE, FEATURES, Pairs, gather_evidence
 from curate.memorization.folds import average, block_masks, hash_unit, split_sides
 from curate.memorization.mismatch import DETECTORS, REAL, RUNGS, Keys, draw_donors
@@ -155,8 +155,7 @@ class _Gatherer:
         return pa.concat_tables(tables)
 
     def _image_likeness(self, rows: Array, donors: Array) -> Array:
-        donated = self._bank.image[donors].T
-        return by_blocks(lambda part: part @ donated, self._image[rows])
+        return by_blocks(exact_products(self._bank.image[donors].T), self._image[rows])
 
     def _gather(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.memorization.blocks import by_blocks
+from curate.memorization.blocks import by_blocks, exact_products
 from curate.memorization.concepts import name_images
 from curate.memorization.evidence import Bank, ProxyView
 from curate.memorization.folds import block_masks, draw_blocks, hash_unit
@@ -167,7 +167,8 @@ def read_samples(room: Room, shard: str) -> Samples:
 def centre(vectors: Array, front: tuple[Array, Array]) -> Array:
     """Centre and rotate: (N, D) -> (N, F) float32, unit norm."""
     mean, directions = front
-    return by_blocks(lambda rows: unit((rows.astype(np.float32) - mean) @ directions), vectors)
+    multiply = exact_products(directions)
+    return by_blocks(lambda rows: unit(multiply(rows.astype(np.float32) - mean)), vectors)
 
 
 def unit(vectors: Array) -> Array:

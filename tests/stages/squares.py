@@ -30,7 +30,7 @@ COUNT = 48
 def small_work() -> Iterator[None]:
     """Small pictures, and small batches: filling up shards of a few rows would take longest."""
     with pytest.MonkeyPatch.context() as patch, torch_threads(1):
-        patch.setattr(clip_proxy, "_BATCH", 32)
+        patch.setattr(clip_proxy, "_BATCHES", {"cpu": 32, "cuda": 32})
         patch.setattr(score_clips, "_IMAGE_PX", 32)
         yield
 
