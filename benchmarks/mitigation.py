@@ -129,7 +129,12 @@ ARMS = {
     "curated, three captions": Arm(captions=3, curated=True),
     "curated, five captions": Arm(captions=_CAPTIONS, curated=True),
     "curated, captions and masks": Arm(captions=3, mask=0.15, curated=True),
+    "two captions, masks 30": Arm(captions=2, mask=0.3),
+    "curated, two captions": Arm(captions=2, curated=True),
+    "curated, two captions, masks 15": Arm(captions=2, mask=0.15, curated=True),
     "curated, two captions, masks 30": Arm(captions=2, mask=0.3, curated=True),
+    "curated, three captions, masks 30": Arm(captions=3, mask=0.3, curated=True),
+    "curated, masks 30": Arm(mask=0.3, curated=True),
 }
 
 

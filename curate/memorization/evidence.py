@@ -17,7 +17,7 @@ from curate.memorization.blocks import by_blocks, exact_products
 __all__ = ["EVIDENCE", "FEATURES", "Bank", "Pairs", "ProxyView", "gather_evidence", "highest"]
 
 Array = np.ndarray[Any, Any]
-Multiply = Callable[[Array], Array]
+_Multiply = Callable[[Array], Array]
 
 #: Columns whose maximum stands for them in a first round.
 _GROUP = 32
@@ -170,7 +170,7 @@ def _proxy_evidence(pairs: Pairs, views: list[ProxyView]) -> tuple[Array, Array,
     return mean[:, :-1], spread, mean[:, -1]
 
 
-def _under_proxy(pairs: Pairs, view: ProxyView, cosines: Sequence[Multiply], rows: Array) -> Array:
+def _under_proxy(pairs: Pairs, view: ProxyView, cosines: Sequence[_Multiply], rows: Array) -> Array:
     """Cosine, contrastive loss against other captions and other images, the caption's bits."""
     image, text = view.image[rows].astype(np.float32), view.text[rows].astype(np.float32)
     cosine = (image * text).sum(1)
@@ -194,7 +194,7 @@ def _under_proxy(pairs: Pairs, view: ProxyView, cosines: Sequence[Multiply], row
 
 
 def _neighbour_evidence(
-    cosines: tuple[Multiply, Multiply], image: Array, text: Array, rows: Array
+    cosines: tuple[_Multiply, _Multiply], image: Array, text: Array, rows: Array
 ) -> Array:
     """See `FEATURES`: either side's, then the information."""
     by_image, by_text = (

@@ -15,13 +15,13 @@ __all__ = ["Step", "eager_step", "graphed_step"]
 #: Takes a step: what `loss_of` asks for, and the learning rate as a share of its highest. Returns
 #: the loss before it, where it was computed.
 Step = Callable[[Sequence[Tensor], float], Tensor]
-LossOf = Callable[[Sequence[Tensor]], Tensor]
+_LossOf = Callable[[Sequence[Tensor]], Tensor]
 
 #: Steps before capture, in which libraries choose and load what they compute by.
 _WARM_UPS = 3
 
 
-def eager_step(optimiser: torch.optim.Optimizer, loss_of: LossOf) -> Step:
+def eager_step(optimiser: torch.optim.Optimizer, loss_of: _LossOf) -> Step:
     """Make a step that does one operation after the other.
 
     Parameters
@@ -41,7 +41,7 @@ def eager_step(optimiser: torch.optim.Optimizer, loss_of: LossOf) -> Step:
     return take
 
 
-def graphed_step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: LossOf) -> Step:
+def graphed_step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: _LossOf) -> Step:
     """Make a step that replays the first one as a CUDA graph.
 
     Parameters
@@ -83,7 +83,7 @@ def graphed_step(model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Lo
 
 
 def _capture(
-    model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: LossOf, inputs: Sequence[Tensor]
+    model: nn.Module, optimiser: torch.optim.Optimizer, loss_of: _LossOf, inputs: Sequence[Tensor]
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record a step and where it leaves its loss; the model is as before."""
     state = model.state_dict()
@@ -108,7 +108,7 @@ def _capture(
     return graph, loss
 
 
-def _take(optimiser: torch.optim.Optimizer, loss_of: LossOf, inputs: Sequence[Tensor]) -> Tensor:
+def _take(optimiser: torch.optim.Optimizer, loss_of: _LossOf, inputs: Sequence[Tensor]) -> Tensor:
     loss = loss_of(inputs)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
