@@ -7,9 +7,9 @@ so a threshold means the same at any storage precision. Products in bfloat16, si
 float32 where the processor has units for them, only sort out what cannot reach it.
 """
 
-import time
+import timeit
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -230,13 +230,8 @@ def _fastest_type() -> torch.dtype:
     for kind in _SLACK:
         # Small, as what only emulates bfloat16 takes a hundred times as long for it.
         one, other = torch.ones(64, 512, dtype=kind), torch.ones(512, 256, dtype=kind)
-        torch.mm(one, other)
-        taken = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            torch.mm(one, other)
-            taken.append(time.perf_counter() - begun)
-        seconds[kind] = min(taken)
+        multiply = partial(torch.mm, one, other)
+        seconds[kind] = min(timeit.repeat(multiply, number=1, repeat=4))
     return min(seconds, key=lambda kind: seconds[kind])
 
 

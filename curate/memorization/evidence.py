@@ -197,10 +197,8 @@ def _neighbour_evidence(
     cosines: tuple[_Multiply, _Multiply], image: Array, text: Array, rows: Array
 ) -> Array:
     """See `FEATURES`: either side's, then the information."""
-    by_image, by_text = (
-        _without(multiply(part), rows)
-        for multiply, part in zip(cosines, (image, text), strict=True)
-    )
+    with_images, with_captions = cosines
+    by_image, by_text = _without(with_images(image), rows), _without(with_captions(text), rows)
     near_image, near_text = _kernel(by_image), _kernel(by_text)
     # Pointwise mutual information by kernel densities: do the image's neighbours and the
     # caption's neighbours coincide more than by chance?

@@ -263,12 +263,9 @@ def _fit(
             observe(heads.eval())
             heads.train()
 
-    def ask(rows: Tensor, alike: Tensor) -> list[Tensor]:
-        return [rows, alike]
-
     heads.train()
     step = eager_step(optimiser, loss_of)
-    return fit_contrastive(step, groups, recipe.epochs, recipe.batch, ask, shown)
+    return fit_contrastive(step, groups, recipe.epochs, recipe.batch, after_epoch=shown)
 
 
 def fit_contrastive(
@@ -276,7 +273,7 @@ def fit_contrastive(
     groups: Array,
     epochs: int,
     batch: int,
-    ask: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    ask: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda *batch: batch,
     after_epoch: Callable[[], None] | None = None,
     rows: Array | None = None,
 ) -> list[float]:
@@ -291,9 +288,9 @@ def fit_contrastive(
     epochs : int
     batch : int
         Pairs per step, at most a quarter of the data.
-    ask : callable
+    ask : callable, optional
         What `step` is given of a batch, of its rows (B,) int64 and of the pairs among them that are
-        alike, (B, B) bool.
+        alike, (B, B) bool; else these.
     after_epoch : callable, optional
     rows : (T,) int64, optional
         What an epoch goes through, in this order, instead of all rows in one drawn anew.

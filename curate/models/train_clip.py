@@ -164,11 +164,11 @@ def _fit(
 ) -> list[float]:
     """Train in place on (I, N, 3, S, S) and (T, N, CONTEXT); see `fit_contrastive`."""
     # Of pairs, a step is told the places; of samples, which they are.
-    pairs = None if rows is None or rows.ndim == 1 else rows
-    if pairs is not None:
-        groups = groups[pairs].reshape(len(pairs), -1)
-        rows = np.arange(len(pairs))
-    whose = None if pairs is None else torch.from_numpy(pairs)
+    whose = None
+    if rows is not None and rows.ndim == 2:
+        whose = torch.from_numpy(rows)
+        groups = groups[rows].reshape(len(rows), -1)
+        rows = np.arange(len(rows))
     device = next(model.parameters()).device
     images, texts = (torch.from_numpy(part).to(device) for part in (pixels, tokens))
     on_gpu = device.type == "cuda"
@@ -181,7 +181,7 @@ def _fit(
         # Drawn on the CPU whatever the device, so that it draws the same.
         own, spoken = (chosen, chosen) if whose is None else whose[chosen].unbind(1)
         views = _draw_views(len(images) * len(chosen))
-        hidden = torch.rand(len(texts) * len(chosen), texts.shape[2]) < _DROPPED_TOKENS
+        hidden = _draw_hidden(len(texts) * len(chosen), texts.shape[2])
         return [own, spoken, *views, hidden, alike]
 
     def loss_of(inputs: Sequence[Tensor]) -> Tensor:
@@ -237,6 +237,11 @@ def _change_views(pixels: Tensor, frame: Tensor, gain: Tensor, lift: Tensor) -> 
     grid = functional.affine_grid(frame, list(pixels.shape), align_corners=False)
     seen = functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
     return (gain * (seen - 127.5) + 127.5 + lift).clamp(0, 255)
+
+
+def _draw_hidden(count: int, length: int) -> Tensor:
+    """Tokens that a step does not see, should they be words: (B, L) bool."""
+    return torch.rand(count, length) < _DROPPED_TOKENS
 
 
 def _hide_words(tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -186,12 +186,15 @@ def thumbnail_reader(room: Room, rows: Array) -> ReadImage:
     in shards all over, and each shard is read once.
     """
     starts, shards, runs = shard_starts(room), room.shards(), earlier_runs(room)
-    wanted = np.unique(rows)
+
+    @cache  # only where pictures are asked for
+    def wanted() -> Array:
+        return np.unique(rows)
 
     @cache
     def shard_thumbnails(number: int) -> tuple[Array, pa.ChunkedArray]:
-        first, end = np.searchsorted(wanted, starts[number : number + 2])
-        own = wanted[first:end]
+        first, end = np.searchsorted(wanted(), starts[number : number + 2])
+        own = wanted()[first:end]
         files = room.read(shards[number], ["thumbnail"])["thumbnail"]
         return own, files.take(pa.array(own - starts[number]))
 

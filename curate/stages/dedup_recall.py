@@ -113,8 +113,8 @@ def _compare(room: Room, shard: str, name: str, first: int, end: int) -> dict[st
         )
     apart = rows[query] != start + base[other]
     query, other = query[apart], other[apart]
-    thumbnails = thumbnail_reader(room, np.r_[rows[query], start + base[other]])
-    confirmed = stage.confirm(rows[query], start + base[other], thumbnails)
+    left, right = rows[query], start + base[other]
+    confirmed = stage.confirm(left, right, thumbnail_reader(room, np.r_[left, right]))
     query, other = query[confirmed], base[other[confirmed]]
     draws = hash_unit(room.read(shard, [])["uid"].to_pylist(), stage.seed, "pairs")
     ranks = (draws[other] + (first + query) * _GOLDEN) % 1

@@ -230,12 +230,14 @@ def test_only_words_are_hidden() -> None:
         row[0], row[length + 1] = START, END
         row[1 : length + 1] = rng.integers(1, START, length)
     before = torch.from_numpy(tokens)
-    hidden = torch.from_numpy(rng.random(tokens.shape) < 0.1)
+    hidden = module._draw_hidden(*tokens.shape)
     after = module._hide_words(before, hidden)
     words = (before > 1) & (before < START)
     assert torch.equal(after[~words], before[~words])
     assert (after[words & hidden] == 1).all()
     assert torch.equal(after[words & ~hidden], before[words & ~hidden])
+    dropped = after[words] != before[words]
+    assert abs(dropped.float().mean().item() - 0.1) < 0.02
     assert torch.equal(after.argmax(1), before.argmax(1))
 
 
