@@ -2,11 +2,13 @@
 
 Outcomes of settings are drawn from a model with known parts: what varies with the held-out pair,
 with the seed, and with both. Prints one JSON line: by how much a training varies with its seed (in
-standard errors that pairs alone give), how often a setting is called better where none is (at most
-.05 is asked), and how often one that gains three such errors is.
+standard errors that the pairs of one seed alone give), how often a setting is called better where
+none is (at most .05 is asked), and how often one that gains three such errors is; where all seeds
+are judged by the same pairs, and where each is by its own.
 """
 
 import json
+from itertools import product
 from typing import Any
 
 import click
@@ -21,12 +23,15 @@ _BY_SEED = (0.0, 0.5, 1.0, 2.0)
 _GAIN = 3.0
 
 
-def _draw(rng: np.random.Generator, settings: int, by_seed: float, gain: float) -> dict[str, Any]:
+def _draw(
+    rng: np.random.Generator, settings: int, by_seed: float, gain: float, apart: bool
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number in range(settings):
-        own = _BY_PAIR * rng.normal(size=_PAIRS) + gain * (number == settings // 2)
+        drawn = rng.normal(size=(_SEEDS if apart else 1, _PAIRS))
+        own = _BY_PAIR * np.broadcast_to(drawn, (_SEEDS, _PAIRS)) + gain * (number == settings // 2)
         found[str(number)] = {
-            seed: own + _BY_BOTH * rng.normal(size=_PAIRS) + by_seed * rng.normal()
+            seed: own[seed] + _BY_BOTH * rng.normal(size=_PAIRS) + by_seed * rng.normal()
             for seed in range(_SEEDS)
         }
     return found
@@ -39,13 +44,13 @@ def main(settings: int, draws: int) -> None:
     """Count how often a setting is called better."""
     rng, error = np.random.default_rng(0), _BY_PAIR * (2 / _PAIRS) ** 0.5
     rows = []
-    for times in _BY_SEED:
-        row = {"by_seed": times}
+    for apart, times in product((False, True), _BY_SEED):
+        row = {"apart": apart, "by_seed": times}
         for name, gain in (("called_better_of_none", 0.0), ("found", _GAIN * error)):
             called = 0
             for _ in range(draws):
-                scores = _draw(rng, settings, times * error, gain)
-                called += recommend(scores, list(scores)).is_better
+                scores = _draw(rng, settings, times * error, gain, apart)
+                called += recommend(scores, list(scores), apart).is_better
             row[name] = round(called / draws, 3)
         rows.append(row)
     click.echo(json.dumps({"settings": settings, "seeds": _SEEDS, "pairs": _PAIRS, "rows": rows}))

@@ -363,10 +363,10 @@ def audit(
 @click.option("--labels", metavar="FILE", help="Table of uid and label, for zero-shot accuracy.")
 @click.option(
     "--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.15,
-    show_default=True, help="Share of the clusters that judges and is not trained on.",
+    show_default=True, help="Share of the clusters held out to judge, others by each seed.",
 )  # fmt: skip
 @click.option(
-    "--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge, instead."
+    "--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge all seeds, instead."
 )
 @click.option(
     "--limit", type=click.IntRange(1), default=20_000, show_default=True,

@@ -16,7 +16,7 @@ from curate.ablate.verdict import LEAST_SEEDS, Difference, compare, pool_seeds, 
 from curate.engine.finished import read_finished
 from curate.engine.manifest import fingerprint
 from curate.engine.runner import Progress, lock_output
-from curate.errors import ConfigError
+from curate.errors import ConfigError, InputError
 from curate.report.ablate_page import render_ablation
 from curate.report.plain import read_style
 
@@ -24,7 +24,7 @@ __all__ = ["Request", "ablate", "describe_cost", "page_of"]
 
 Array = np.ndarray[Any, Any]
 
-_VERSION = 2
+_VERSION = 3
 #: Tables of the run that students see.
 _SEEN = ("ingest", "embed.vectors", "embed.thumbnails", "dedup")
 #: With fewer samples a student learns too little to tell settings apart.
@@ -47,9 +47,9 @@ class Request:
     labels : str or None
         See `read_labels`.
     held_out : float
-        Share of the clusters that judges.
+        Share of the clusters that judges a seed's students, another for each seed.
     held_out_list : str or None
-        Names the pairs that judge instead, see `read_uids`.
+        Names the pairs that judge all instead, see `read_uids`.
     limit : int
         Samples of the pool at most.
     seeds : int
@@ -121,9 +121,10 @@ def _ablate(
     _check_heads(request.model, settings)
     _check_cosines(run, settings)
     named = None if request.held_out_list is None else read_uids(request.held_out_list)
-    pairs = choose_pairs(room, request.held_out, request.limit, request.seed, named)
+    pairs = choose_pairs(room, request.held_out, request.limit, request.seed, request.seeds, named)
     labels = _read_labels(request, run, pairs)
-    lines = plan_lines(decide_all(room, settings), pairs, request.weighted, request.controls)
+    decided = decide_all(room, settings)
+    lines = plan_lines(decided, pairs, request.weighted, request.controls, request.seeds)
     budget = _budget(request, lines[0])
     folder = storage.join(request.out, "ablate", f"work-{_identity(request, run, budget, pairs)}")
     rounds = Rounds(lines, pairs, folder, request.seeds)
@@ -143,7 +144,8 @@ def _ablate(
         "model": request.model,
         "plan": plan,
         "pool": len(pairs),
-        "held_out": len(pairs.held),
+        "held_out": len(pairs.held(0)),
+        "apart": pairs.apart,
         "cosine_column": pairs.cosine_column,
         "warnings": [*warnings, *_warn(lines)],
         **_summarize(lines, pairs, labels),
@@ -179,7 +181,16 @@ def _check_cosines(run: dict[str, Any], settings: Sequence[Setting]) -> None:
 def _read_labels(request: Request, run: dict[str, Any], pairs: Pairs) -> Labels | None:
     if request.labels is None:
         return None
-    names, places = read_labels(request.labels, [pairs.uids[place] for place in pairs.held])
+    judges = np.flatnonzero(pairs.judges)
+    names, known = read_labels(request.labels, [pairs.uids[place] for place in judges])
+    places = np.full(len(pairs), -1)
+    places[judges] = known
+    fewest = min(int((places[pairs.held(s)] >= 0).sum()) for s in range(request.seeds))
+    if fewest < 2:
+        raise InputError(
+            f"--labels {request.labels}: must label at least two of the pairs that judge each "
+            f"seed; got {fewest}. Label more, or name those that judge by --held-out-list."
+        )
     parameters = run["stages"]["embed.vectors"].get("parameters", {})
     return Labels(names, places, str(parameters.get("encoder", "")))
 
@@ -187,7 +198,7 @@ def _read_labels(request: Request, run: dict[str, Any], pairs: Pairs) -> Labels 
 def _budget(request: Request, loosest: Line) -> Budget:
     epochs, batch = MODELS[request.model]
     epochs = epochs if request.epochs is None else request.epochs
-    samples = len(loosest.training.places)
+    samples = loosest.training.trained_on
     batch = min(batch, max(2, samples // 4))
     return Budget(request.model, max(1, round(epochs * samples / batch)), batch)
 
@@ -199,7 +210,7 @@ def _identity(request: Request, run: dict[str, Any], budget: Budget, pairs: Pair
     labels = None
     if request.labels is not None:
         labels = fingerprint(storage.read_bytes(request.labels).hex())
-    pool = fingerprint([pairs.uids, pairs.held.tolist()])
+    pool = fingerprint([pairs.uids, pairs.held_by.tolist(), pairs.judges.tolist()])
     return fingerprint([_VERSION, made_of, asdict(budget), pool, labels])
 
 
@@ -243,7 +254,7 @@ def _warn(lines: list[Line]) -> list[str]:
     return [
         f"{line.name}: keeps fewer than {_FEW} samples to train on"
         for line in lines
-        if line.kind == "setting" and len(line.training.places) < _FEW
+        if line.kind == "setting" and line.training.trained_on < _FEW
     ]
 
 
@@ -251,7 +262,9 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
     settings = [line for line in lines if line.kind == "setting"]
     loosest = settings[0]
     chosen = recommend(
-        {line.name: line.scores() for line in settings}, [line.name for line in settings]
+        {line.name: line.scores() for line in settings},
+        [line.name for line in settings],
+        pairs.apart,
     )
     parts: dict[str, Array | None] = {"all": None}
     if pairs.rare is not None:
@@ -261,15 +274,15 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
     for line in lines:
         training = line.training
         figures = {
-            name: _figures(line, settings, "retrieval", part) for name, part in parts.items()
+            name: _figures(line, settings, "retrieval", pairs, part) for name, part in parts.items()
         }
         if all("zero_shot" in one for one in (*line.outcomes.values(), *loosest.outcomes.values())):
-            figures["zero_shot"] = _figures(line, settings, "zero_shot", labelled)
+            figures["zero_shot"] = _figures(line, settings, "zero_shot", pairs, labelled)
         row = {
             "name": line.name,
             "kind": line.kind,
             "kept": training.size,
-            "trained_on": len(training.places),
+            "trained_on": training.trained_on,
             "share_dropped": 1 - training.size / loosest.training.size,
             "seeds": len(line.outcomes),
             "stopped": line.stopped,
@@ -297,7 +310,7 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
                 **_told(chosen.rival_gain, compared),
                 "needed": chosen.rival_gain.needed(compared),
             },
-            "versus": _versus(best, lines, compared),
+            "versus": _versus(best, lines, compared, pairs.apart),
         },
     }
 
@@ -308,26 +321,39 @@ def _told(difference: Difference, comparisons: int) -> dict[str, float]:
     return {**asdict(difference), "low": low, "high": high}
 
 
-def _versus(best: Line, lines: list[Line], comparisons: int) -> dict[str, dict[str, float]]:
+def _versus(
+    best: Line, lines: list[Line], comparisons: int, apart: bool
+) -> dict[str, dict[str, float]]:
     """Compare the recommended setting, chosen among so many, with its own controls."""
     return {
-        line.kind: _told(compare(best.scores(), line.scores()), comparisons)
+        line.kind: _told(compare(best.scores(), line.scores(), apart=apart), comparisons)
         for line in lines
         if line.kind != "setting" and line.training is best.training
     }
 
 
-def _figures(line: Line, settings: list[Line], measure: str, part: Array | None) -> dict[str, Any]:
-    """Mean, and gain over the loosest setting with an interval of its own."""
-    scores, loosest = line.scores(measure), settings[0]
-    means = [float((v if part is None else v[part]).mean()) for v in scores.values()]
+def _figures(
+    line: Line, settings: list[Line], measure: str, pairs: Pairs, part: Array | None
+) -> dict[str, Any]:
+    """Mean, and gain over the loosest setting with an interval of its own.
+
+    `part` (N,) bool says which places in the pool count.
+    """
+
+    def scores(one: Line) -> dict[int, Array]:
+        found = one.scores(measure)
+        if part is None:
+            return found
+        return {seed: values[part[pairs.held(seed)]] for seed, values in found.items()}
+
+    own = scores(line)
     noise = None
     if line.kind == "setting":  # a random control varies more: its set is drawn by seed
-        noise = pool_seeds((one.scores(measure) for one in settings), part)
-    gain = compare(scores, loosest.scores(measure), part, noise)
+        noise = pool_seeds(map(scores, settings), pairs.apart)
+    gain = compare(own, scores(settings[0]), noise, pairs.apart)
     low, high = gain.interval()
     return {
-        "mean": float(np.mean(means)),
+        "mean": float(np.mean([values.mean() for values in own.values()])),
         "gain": gain.mean,
         "stderr": gain.stderr,
         "low": low,

@@ -73,7 +73,7 @@ def _read_columns(option: str, path: str, names: tuple[str, ...]) -> list[list[s
     if not storage.exists(path):
         raise InputError(f"{option} {path}: must be {what}; no such path. Correct it.")
     with readable(path, what):
-        table = _read(path)
+        table = _read(path, names)
     for name in names:
         if name not in table.column_names:
             shown = ", ".join(table.column_names[:12]) or "none"
@@ -83,7 +83,7 @@ def _read_columns(option: str, path: str, names: tuple[str, ...]) -> list[list[s
     return [table[name].cast(pa.string()).to_pylist() for name in names]
 
 
-def _read(path: str) -> pa.Table:
+def _read(path: str, names: tuple[str, ...]) -> pa.Table:
     suffix = split_suffix(path)[1]
     with open_binary(path) as file:
         if suffix == "parquet":
@@ -91,4 +91,6 @@ def _read(path: str) -> pa.Table:
         if suffix == "jsonl":
             return pa.json.read_json(file)
         form = pa.csv.ParseOptions(delimiter="\t" if suffix == "tsv" else ",")
-        return pa.csv.read_csv(file, parse_options=form)
+        # As they are spelt: uids of digits alone are no numbers.
+        spelt = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+        return pa.csv.read_csv(file, parse_options=form, convert_options=spelt)

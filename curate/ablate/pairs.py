@@ -14,12 +14,13 @@ from curate.memorization.mismatch import normalise_caption
 from curate.memorization.rarity import RARE
 from curate.stages.base import Room
 
-__all__ = ["LEAST_HELD_OUT", "Pairs", "choose_pairs", "rows_by_shard"]
+__all__ = ["LEAST_HELD_OUT", "Pairs", "choose_pairs", "is_trainable", "rows_by_shard"]
 
 Array = np.ndarray[Any, Any]
 
 #: With fewer, a difference of several points in R@10 is within noise.
 LEAST_HELD_OUT = 100
+_EVERY, _NO = -1, -2
 _NEEDED = ("thumbnail", "image_emb", "text_emb")
 _NUMBERS = ("rarity", "clip_score", "alignment_in")
 
@@ -35,11 +36,12 @@ class Pairs:
     uids, captions : list of str, length N
     codes : (N, 2) int64
         Of cluster and caption.
-    held : (H,) int64
-        Places of the pairs that are held out, one of each cluster that is.
-    trainable : (N,) bool
-        Of no cluster that is held out.
-    rare : (H,) bool or None
+    held_by : (N,) int64
+        Seed that holds out a sample's cluster; -1 (every seed) and -2 (none) where pairs are
+        named.
+    judges : (N,) bool
+        One of each cluster, that judges where the cluster is held out.
+    rare : (N,) bool or None
         The rarest fifth; None where the run does not know.
     cosine : (N,) float64
         By which a cosine filter keeps; NaN where unknown.
@@ -50,8 +52,8 @@ class Pairs:
     uids: list[str]
     captions: list[str]
     codes: Array
-    held: Array
-    trainable: Array
+    held_by: Array
+    judges: Array
     rare: Array | None
     cosine: Array
     cosine_column: str | None
@@ -59,24 +61,52 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def held(self, seed: int) -> Array:
+        """Places of the pairs that judge a seed's students: (H,) int64, ascending."""
+        return np.flatnonzero(self.judges & ~self.trainable(seed))
+
+    def trainable(self, seed: int) -> Array:
+        """Whether a seed's students may train on a sample: (N,) bool."""
+        return is_trainable(self.held_by, seed)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each seed is judged by pairs of its own."""
+        return not (self.held_by == _EVERY).any()
+
+
+def is_trainable(held_by: Array, seed: int) -> Array:
+    """Tell what a seed's students may train on: (N,) bool from (N,) int64, see `Pairs`."""
+    return (held_by != seed) & (held_by != _EVERY)
+
 
 def choose_pairs(
-    room: Room, share: float, limit: int, seed: int, named: frozenset[str] | None = None
+    room: Room,
+    share: float,
+    limit: int,
+    seed: int,
+    seeds: int,
+    named: frozenset[str] | None = None,
 ) -> Pairs:
     """Draw pool and held-out pairs by cluster.
+
+    Each seed of the students holds out other clusters: seeds times as many pairs judge as where
+    all are judged by the same, for as many students.
 
     Parameters
     ----------
     room : Room
         Of the run's `select`.
     share : float
-        Of the clusters to hold out, (0, 1); without `named`.
+        Of the clusters that a seed holds out, (0, 1); at most 1 / `seeds`. Without `named`.
     limit : int
         Samples of the pool at most, in whole clusters.
     seed : int
+    seeds : int
+        Of the students.
     named : frozenset of str, optional
-        Uids to hold out instead. Of their clusters nothing is trained on, and the first in the
-        order judges.
+        Uids that every seed holds out instead. Of their clusters nothing is trained on, and the
+        first in the order judges.
 
     Raises
     ------
@@ -103,36 +133,41 @@ def choose_pairs(
     rows = rows[np.argsort(order, kind="stable")]
     chosen = np.array([clusters[row] for row in rows], str)
     if named is None:
-        held_out = judges = hash_unit(chosen.tolist(), seed, "ablate held out") < share
+        unit = hash_unit(chosen.tolist(), seed, "ablate held out")
+        held_by = (unit / min(share, 1 / seeds)).astype(np.int64)
+        may_judge = np.ones(len(rows), bool)
     else:
-        held_out = np.array([cluster in asked for cluster in chosen.tolist()], bool)
-        judges = np.array([uids[row] in named for row in rows], bool)
-    places = np.flatnonzero(judges)
-    held = np.sort(places[np.unique(chosen[places], return_index=True)[1]])
-    if len(held) < LEAST_HELD_OUT:
-        option = f"--held-out {share:g}" if named is None else "--held-out-list"
-        raise InputError(
-            f"{option}: must leave at least {LEAST_HELD_OUT} pairs of different clusters to judge "
-            f"by; got {len(held)} of {len(rows)} usable samples. Raise it or "
-            "--limit, or run on more."
-        )
+        held_by = np.where(np.isin(chosen, list(asked)), _EVERY, _NO)
+        may_judge = np.array([uids[row] in named for row in rows], bool)
+    places = np.flatnonzero(may_judge)
+    judges = np.zeros(len(rows), bool)
+    judges[places[np.unique(chosen[places], return_index=True)[1]]] = True
     texts = [captions[row] for row in rows]
     names = (chosen, np.array([normalise_caption(text) for text in texts], str))
     codes = [np.unique(part, return_inverse=True)[1] for part in names]
     numbers = {name: table[name].to_numpy().astype(float)[rows] for name in _NUMBERS}
     known = [name for name in _NUMBERS[1:] if np.isfinite(numbers[name]).any()]
-    rarity = numbers["rarity"][held]
-    return Pairs(
+    rarity = numbers["rarity"]
+    pairs = Pairs(
         rows,
         [uids[row] for row in rows],
         texts,
         np.stack(codes, axis=1).astype(np.int64),
-        held,
-        ~held_out,
+        held_by,
+        judges,
         rarity >= RARE if np.isfinite(rarity).any() else None,
         numbers[known[0]] if known else np.full(len(rows), np.nan),
         known[0] if known else None,
     )
+    fewest = min(len(pairs.held(number)) for number in range(seeds))
+    if fewest < LEAST_HELD_OUT:
+        option = f"--held-out {share:g}" if named is None else "--held-out-list"
+        raise InputError(
+            f"{option}: must leave every seed at least {LEAST_HELD_OUT} pairs of different "
+            f"clusters to judge by; got {fewest} of {len(rows)} usable samples. Raise it or "
+            "--limit, take fewer --seeds, or run on more."
+        )
+    return pairs
 
 
 def _read(room: Room, shard: str) -> pa.Table:

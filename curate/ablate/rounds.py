@@ -37,8 +37,10 @@ class Training:
     ----------
     decided : Decided
     places : (K,) int64
-        In the pool.
+        In the pool. A student leaves out those that its seed holds out.
     weight : (K,) float64
+    trained_on : int
+        Places that the first seed's students train on.
     size : int
         Samples of the whole run that are kept.
     captions : (M, 2) int64
@@ -48,6 +50,7 @@ class Training:
     decided: Decided
     places: Array
     weight: Array
+    trained_on: int
     size: int
     captions: Array
 
@@ -75,7 +78,7 @@ class Line:
     outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def scores(self, measure: str = "retrieval") -> dict[int, Array]:
-        """Outcomes of every held-out pair by seed: (H,) float64."""
+        """Outcomes of a seed's held-out pairs by seed: (H,) float64."""
         if measure == "zero_shot":
             return {seed: np.array(one[measure], float) for seed, one in self.outcomes.items()}
         return {
@@ -85,7 +88,7 @@ class Line:
 
 
 def plan_lines(
-    decided: Sequence[Decided], pairs: Pairs, weighted: bool, controls: bool
+    decided: Sequence[Decided], pairs: Pairs, weighted: bool, controls: bool, seeds: int
 ) -> list[Line]:
     """Return all lines, settings first and the loosest of them first.
 
@@ -96,20 +99,17 @@ def plan_lines(
     """
     trainings = []
     for one in decided:
-        kept = one.keep[pairs.rows] & pairs.trainable
-        places = np.flatnonzero(kept)
-        if len(places) < 2:
+        kept, size = one.keep[pairs.rows], int(one.keep.sum())
+        trained_on = [int((kept & pairs.trainable(seed)).sum()) for seed in range(seeds)]
+        if min(trained_on) < 2:
             raise ConfigError(
-                f"--grid: {one.setting.name} must keep something to train on; it keeps "
-                f"{int(one.keep.sum())} samples, {len(places)} of them outside the held-out "
-                "clusters. Loosen it."
+                f"--grid: {one.setting.name} must keep something to train on; it keeps {size} "
+                f"samples, {min(trained_on)} of them outside the held-out clusters. Loosen it."
             )
+        places = np.flatnonzero(kept)
         by_weight = weighted if one.setting.weighted is None else one.setting.weighted
         weight = one.weight[pairs.rows][places] if by_weight else np.ones(len(places))
-        if weight.sum() == 0:
-            weight = np.ones(len(places))
-        captions = _captions(one, pairs)
-        trainings.append(Training(one, places, weight, int(one.keep.sum()), captions))
+        trainings.append(Training(one, places, weight, trained_on[0], size, _captions(one, pairs)))
     trainings.sort(key=lambda training: -training.size)
     lines = [Line(own.decided.setting.name, "setting", own) for own in trainings]
     if len({_identity(line, pairs, 0) for line in lines}) < 2:
@@ -137,7 +137,7 @@ def _captions(decided: Decided, pairs: Pairs) -> Array:
     if most == 1:
         return np.zeros((0, 2), np.int64)
     place = np.full(len(decided.keep), -1)
-    place[pairs.rows[pairs.trainable]] = np.flatnonzero(pairs.trainable)
+    place[pairs.rows] = np.arange(len(pairs))
     known = place[decided.captions]
     known = known[(known >= 0).all(1)]
     known = known[np.argsort(known[:, 0], kind="stable")]
@@ -254,7 +254,9 @@ class Rounds:
         if not scores:
             return
         for line in settings:
-            line.stopped = line.stopped or is_loser(scores, line.name, settings[0].name)
+            line.stopped = line.stopped or is_loser(
+                scores, line.name, settings[0].name, self._pairs.apart
+            )
         for line in self.lines:
             if line.kind != "setting":
                 owner = next(one for one in settings if one.training is line.training)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.ablate.pairs import Pairs, rows_by_shard
+from curate.ablate.pairs import Pairs, is_trainable, rows_by_shard
 from curate.errors import MissingWeightsError
 from curate.formats.pixels import read_square
 from curate.memorization.retrieval import hits_at
@@ -84,13 +84,13 @@ class Mitigation:
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes of held-out pairs.
+    """Classes of the pairs that judge.
 
     Parameters
     ----------
     names : list of str, length C
-    places : (H,) int64
-        -1 where a pair has no label.
+    places : (N,) int64
+        By place in the pool, -1 where there is no label.
     encoder : str
         That of the run, by which `heads` read class names.
     """
@@ -111,7 +111,7 @@ def commit_data(
     else:
         arrays = _read_pictures(room, pairs, SHAPES[budget.model]["image_px"])
         arrays |= _spell_tokens(pairs, labels)
-    arrays |= {"codes": pairs.codes, "held": pairs.held}
+    arrays |= {"codes": pairs.codes, "held_by": pairs.held_by, "judges": pairs.judges}
     if labels is not None and "names" in arrays:
         arrays["labels"] = labels.places
     for name, values in arrays.items():
@@ -134,7 +134,8 @@ def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
             sides[name][places] = vectors
     fronts: dict[str, Array] = {}
     for name, vectors in sides.items():
-        mean, front = fit_front(vectors[pairs.trainable], _FRONT_WIDTH)
+        # Of all, for every seed: it knows neither which belong together nor what any setting keeps.
+        mean, front = fit_front(vectors, _FRONT_WIDTH)
         fronts |= {f"{name}-mean": mean, f"{name}-front": front}
     return sides | fronts
 
@@ -164,11 +165,11 @@ def _read_pictures(room: Room, pairs: Pairs, side_px: int) -> dict[str, Array]:
 
 
 def _spell_tokens(pairs: Pairs, labels: Labels | None) -> dict[str, Array]:
-    """Tokens of captions and class names, in the vocabulary of what may be trained on."""
+    """Tokens of captions and class names, in the vocabulary of all captions."""
     from curate.models.clip_proxy import choose_words, fold_tokens, tokenize
 
     tokens = tokenize(pairs.captions)
-    words = choose_words(Counter(tokens[pairs.trainable].ravel().tolist()))
+    words = choose_words(Counter(tokens.ravel().tolist()))
     found = {"tokens": fold_tokens(tokens, words), "words": words}
     if labels is not None:
         found["names"] = fold_tokens(tokenize(labels.names), words)
@@ -239,16 +240,18 @@ def train_student(folder: str, task: str) -> dict[str, float]:
         SET-SEED.
     """
     begun = time.monotonic()
-    name, seed = task.rsplit("-", 1)
-    given = storage.join(folder, "sets", name)
+    name, spelt = task.rsplit("-", 1)
+    given, seed = storage.join(folder, "sets", name), int(spelt)
     chosen = storage.read_array(f"{given}.npy")
     mitigation = Mitigation(**storage.read_json(f"{given}.json"))
-    budget, _ = _open(folder)
-    order = draw_order(chosen["place"], chosen["weight"], budget.steps * budget.batch, int(seed))
+    budget, arrays = _open(folder)
+    chosen = chosen[is_trainable(arrays["held_by"], seed)[chosen["place"]]]
+    weight = chosen["weight"] if chosen["weight"].any() else np.ones(len(chosen))
+    order = draw_order(chosen["place"], weight, budget.steps * budget.batch, seed)
     spoken = order
     if mitigation.captions > 1:
-        spoken = draw_captions(order, storage.read_array(f"{given}-captions.npy"), int(seed))
-    outcome = _fit_and_judge(folder, np.stack([order, spoken], 1), mitigation, int(seed), budget)
+        spoken = draw_captions(order, storage.read_array(f"{given}-captions.npy"), seed)
+    outcome = _fit_and_judge(folder, np.stack([order, spoken], 1), mitigation, seed, budget)
     outcome["wall_seconds"] = round(time.monotonic() - begun, 3)
     storage.commit_json(storage.join(folder, "students", f"{task}.json"), outcome)
     return {"samples": budget.steps * budget.batch}
@@ -283,16 +286,18 @@ def _fit_and_judge(
 ) -> dict[str, Any]:
     """Train on (T, 2) rows, whose picture and whose caption, and judge."""
     _, arrays = _open(folder)
+    held = np.flatnonzero(arrays["judges"] & ~is_trainable(arrays["held_by"], seed))
     train = _train_heads if budget.model == "heads" else _train_clip
-    image, text, named, losses = train(arrays, rows, mitigation, seed, budget)
-    captions = arrays["codes"][arrays["held"], 1]
+    image, text, named, losses = train(arrays, rows, held, mitigation, seed, budget)
+    captions = arrays["codes"][held, 1]
     found: dict[str, Any] = {
         "image_to_text": hits_at(image, text, captions).astype(int).tolist(),
         "text_to_image": hits_at(text, image, captions).astype(int).tolist(),
         "loss": losses[-1] if losses else None,
     }
     if named is not None:
-        found["zero_shot"] = ((image @ named.T).argmax(1) == arrays["labels"]).astype(int).tolist()
+        right = (image @ named.T).argmax(1) == arrays["labels"][held]
+        found["zero_shot"] = right.astype(int).tolist()
     return found
 
 
@@ -300,7 +305,12 @@ Judged = tuple[Array, Array, Array | None, list[float]]
 
 
 def _train_clip(
-    arrays: dict[str, Array], rows: Array, mitigation: Mitigation, seed: int, budget: Budget
+    arrays: dict[str, Array],
+    rows: Array,
+    held: Array,
+    mitigation: Mitigation,
+    seed: int,
+    budget: Budget,
 ) -> Judged:
     from curate.models.clip_proxy import ClipShape, embed_view
     from curate.models.encoders import torch_threads
@@ -310,9 +320,8 @@ def _train_clip(
     device = pick_device()
     recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device), retries=budget.retries)
     shape = ClipShape(len(arrays["words"]), **SHAPES[budget.model])
-    names = ("pixels", "tokens", "codes", "held")
     # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
-    pixels, tokens, codes, held = (np.array(arrays[name]) for name in names)
+    pixels, tokens, codes = (np.array(arrays[name]) for name in ("pixels", "tokens", "codes"))
     trained = train_clip(
         shape, pixels, tokens, codes, recipe, seed, device, rows=rows,
         disturb=_disturb(mitigation, shape.words),
@@ -339,12 +348,17 @@ def _disturb(mitigation: Mitigation, words: int) -> Any:
 
 
 def _train_heads(
-    arrays: dict[str, Array], rows: Array, mitigation: Mitigation, seed: int, budget: Budget
+    arrays: dict[str, Array],
+    rows: Array,
+    held: Array,
+    mitigation: Mitigation,
+    seed: int,
+    budget: Budget,
 ) -> Judged:
     from curate.models.proxy import HeadsShape, embed_pairs
     from curate.models.train import Recipe, train_heads
 
-    image, text, codes, held = (np.asarray(arrays[n]) for n in ("image", "text", "codes", "held"))
+    image, text, codes = (np.asarray(arrays[name]) for name in ("image", "text", "codes"))
     fronts = [
         (np.asarray(arrays[f"{n}-mean"]), np.asarray(arrays[f"{n}-front"]))
         for n in ("image", "text")

@@ -1,9 +1,10 @@
 """Which setting is best, and how sure that is: outcomes of held-out pairs in, one choice out.
 
 Settings are compared on the same pairs and seeds. What two trainings differ by on a pair varies
-with the pair and with the seed, and variances of both are added. A few seeds say little of how much
-trainings vary, so that what all settings tell of it is taken together, and intervals and tests are
-Student's, with as many degrees of freedom as there is knowledge.
+with the pair and with the seed, and variances of both are added. Seeds are judged by the same pairs
+(crossed) or each by its own (nested), by which as many trainings see several times the pairs. A few
+seeds say little of how much trainings vary, so that what all settings tell of it is taken together,
+and intervals and tests are Student's, with as many degrees of freedom as there is knowledge.
 """
 
 import math
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
-#: Outcomes of every held-out pair by seed: (M,) floating each, higher is better.
+#: Outcomes of a seed's held-out pairs by seed: (M,) floating each, higher is better.
 Scores = Mapping[int, Array]
 
 #: Chance at which a setting that is behind the best gets no further seeds: three standard errors,
@@ -40,7 +41,7 @@ _ERROR = 0.05
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """How much one training's mean over pairs varies with its seed.
+    """How much one training's mean over pairs varies from seed to seed.
 
     Parameters
     ----------
@@ -48,10 +49,13 @@ class SeedNoise:
         Beyond what a seed does to all settings alike.
     freedom : int
         Degrees of freedom of the variance.
+    by_pairs : float
+        The part of `variance` that other pairs make, where each seed has its own.
     """
 
     variance: float
     freedom: int
+    by_pairs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,15 @@ class Difference:
         return self.mean - within, self.mean + within
 
 
-def pool_seeds(trainings: Iterable[Scores], part: Array | None = None) -> SeedNoise | None:
-    """Estimate from several settings at once how much a training varies with its seed.
+def pool_seeds(trainings: Iterable[Scores], apart: bool = False) -> SeedNoise | None:
+    """Estimate from several settings at once how much a training varies from seed to seed.
 
     Parameters
     ----------
     trainings : iterable of mapping of int to (M,) floating
         Those with fewer seeds than others are left out.
-    part : (M,) bool, optional
-        Pairs that count.
+    apart : bool
+        Each seed has pairs of its own, so that M may differ.
 
     Returns
     -------
@@ -121,61 +125,75 @@ def pool_seeds(trainings: Iterable[Scores], part: Array | None = None) -> SeedNo
     seeds = sorted(set(whole[0]).intersection(*whole)) if whole else []
     if len(seeds) < 2 or len(whole) < 2:
         return None
-    rows = slice(None) if part is None else part
-    means = np.array([[np.mean(scores[seed][rows]) for seed in seeds] for scores in whole])
+    rows = [np.stack([scores[seed] for scores in whole]).astype(float) for seed in seeds]
+    means = np.stack([row.mean(1) for row in rows], axis=1)
     freedom = (len(whole) - 1) * (len(seeds) - 1)
-    return SeedNoise(float((_center(means) ** 2).sum() / freedom), freedom)
+    by_pairs = 0.0
+    if apart:
+        by_pairs = float(np.mean([_interaction(row) / row.shape[1] for row in rows]))
+    return SeedNoise(_interaction(means), freedom, by_pairs)
 
 
-def _center(values: Array) -> Array:
-    """Take off the means of rows and columns."""
-    centered: Array = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
-    return centered
+def _interaction(values: Array) -> float:
+    """Variance that neither rows nor columns account for."""
+    centered = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    return float((centered**2).sum() / max(1, (len(values) - 1) * (values.shape[1] - 1)))
 
 
 def compare(
-    one: Scores, other: Scores, part: Array | None = None, noise: SeedNoise | None = None
+    one: Scores, other: Scores, noise: SeedNoise | None = None, apart: bool = False
 ) -> Difference:
     """Return by how much `one` is better than `other`, on the seeds that both have.
 
     Parameters
     ----------
     one, other : mapping of int to (M,) floating
-    part : (M,) bool, optional
-        Pairs that count.
     noise : SeedNoise, optional
         See `pool_seeds`; default: from these two alone.
+    apart : bool
+        Each seed has pairs of its own.
 
     References
     ----------
-    Searle, Casella and McCulloch, Variance Components (1992), chapter 4: crossed random effects.
-    Satterthwaite, An Approximate Distribution of Estimates of Variance Components (1946).
+    Searle, Casella and McCulloch, Variance Components (1992), chapter 4: crossed and nested random
+    effects. Satterthwaite, An Approximate Distribution of Estimates of Variance Components (1946).
     """
     seeds = sorted(set(one) & set(other))
-    rows = np.stack([np.asarray(one[s], float) - np.asarray(other[s], float) for s in seeds])
-    rows = rows if part is None else rows[:, part]
-    count, pairs = rows.shape
-    mean = float(rows.mean()) if rows.size else math.nan
-    if pairs < 2:
+    rows = [np.asarray(one[s], float) - np.asarray(other[s], float) for s in seeds]
+    count, fewest = len(rows), min(map(len, rows), default=0)
+    means = np.array([row.mean() if len(row) else math.nan for row in rows])
+    mean = float(means.mean()) if count else math.nan
+    if fewest < 2:
         return Difference(mean, math.nan, count, 1.0)
-    if not rows.any():  # one training under two names
-        return Difference(0.0, 0.0, count, float(pairs - 1))
-    terms = [(rows.mean(0).var(ddof=1) / pairs, pairs - 1)]
+    if not any(row.any() for row in rows):  # one training under two names
+        return Difference(0.0, 0.0, count, float(fewest - 1))
+    if apart:
+        pairs = sum(row.var(ddof=1) / len(row) for row in rows) / count**2
+        terms = [(pairs, sum(map(len, rows)) - count)]
+    else:
+        terms = [(np.mean(rows, axis=0).var(ddof=1) / fewest, fewest - 1)]
     if noise is not None:
         terms.append((2 * noise.variance / count, noise.freedom))
     elif count > 1:
-        terms.append((rows.mean(1).var(ddof=1) / count, count - 1))
+        terms.append((means.var(ddof=1) / count, count - 1))
     if count > 1:
-        # Means over pairs and means over seeds both hold what varies with either: once too often.
-        freedom = (count - 1) * (pairs - 1)
-        terms.append((-(_center(rows) ** 2).sum() / freedom / rows.size, freedom))
+        # Means by seed hold a part of what varies with pairs, which is in the first term: once too
+        # often.
+        if not apart:
+            twice = _interaction(np.stack(rows)) / count / fewest
+            freedom = (count - 1) * (fewest - 1)
+        elif noise is not None:
+            twice, freedom = 2 * noise.by_pairs / count, terms[0][1]
+        else:
+            twice, freedom = terms[0]
+        terms.append((-twice, freedom))
     variance = max(sum(value for value, _ in terms), terms[0][0])
     spread = sum(value**2 / freedom for value, freedom in terms)
-    known = max(1.0, variance**2 / spread) if spread > 0 else float(pairs - 1)
+    known = max(1.0, variance**2 / spread) if spread > 0 else float(terms[0][1])
     return Difference(mean, math.sqrt(variance), count, float(known))
 
 
-def is_loser(scores: Mapping[str, Scores], name: str, loosest: str) -> bool:
+def is_loser(scores: Mapping[str, Scores], name: str, loosest: str, apart: bool = False) -> bool:
     """Tell whether a setting is clearly behind the best, so that no further seed is due to it.
 
     Parameters
@@ -184,17 +202,15 @@ def is_loser(scores: Mapping[str, Scores], name: str, loosest: str) -> bool:
         All settings.
     name, loosest : str
         What all are compared with, the loosest, is never given up.
+    apart : bool
+        Each seed has pairs of its own.
     """
     if name == loosest or len(scores[name]) < LEAST_SEEDS:
         return False
-    best = _best(scores, loosest)
-    behind = compare(scores[best], scores[name], noise=pool_seeds(scores.values()))
+    best = max(scores, key=lambda one: compare(scores[one], scores[loosest], apart=apart).mean)
+    noise = pool_seeds(scores.values(), apart)
+    behind = compare(scores[best], scores[name], noise, apart)
     return name != best and behind.p_value < _LOST
-
-
-def _best(scores: Mapping[str, Scores], loosest: str) -> str:
-    """Name the highest mean, each over the seeds that it has in common with the loosest."""
-    return max(scores, key=lambda name: compare(scores[name], scores[loosest]).mean)
 
 
 @dataclass(frozen=True)
@@ -227,7 +243,9 @@ class Recommendation:
     rival_gain: Difference
 
 
-def recommend(scores: Mapping[str, Scores], order: Sequence[str]) -> Recommendation:
+def recommend(
+    scores: Mapping[str, Scores], order: Sequence[str], apart: bool = False
+) -> Recommendation:
     """Choose the loosest setting that is within one standard error of the best.
 
     If no setting is better than the loosest by more than chance would make the best of so many
@@ -238,6 +256,8 @@ def recommend(scores: Mapping[str, Scores], order: Sequence[str]) -> Recommendat
     scores : mapping of str to Scores
     order : sequence of str
         Names, the loosest first, two at least.
+    apart : bool
+        Each seed has pairs of its own.
 
     References
     ----------
@@ -245,8 +265,8 @@ def recommend(scores: Mapping[str, Scores], order: Sequence[str]) -> Recommendat
     standard error. The gate is Bonferroni's over all other settings, one-sided.
     """
     loosest, *others = order
-    noise = pool_seeds(scores.values())
-    gains = {name: compare(scores[name], scores[loosest], noise=noise) for name in order}
+    noise = pool_seeds(scores.values(), apart)
+    gains = {name: compare(scores[name], scores[loosest], noise, apart) for name in order}
     best, rival = (max(names, key=lambda name: gains[name].mean) for names in (order, others))
     against = len(others), rival, gains[rival]
     if best == loosest or gains[best].mean <= gains[best].needed(len(others)):
@@ -254,6 +274,6 @@ def recommend(scores: Mapping[str, Scores], order: Sequence[str]) -> Recommendat
     chosen = next(
         name
         for name in order
-        if name == best or compare(scores[best], scores[name], noise=noise).errors <= 1
+        if name == best or compare(scores[best], scores[name], noise, apart).errors <= 1
     )
     return Recommendation(chosen, best, gains[chosen], True, *against)

@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from curate.report.ablate_words import tell_recommendation
+from curate.report.ablate_words import tell_pool, tell_recommendation
 from curate.report.charts import draw_intervals
 from curate.report.page import wrap_name
 from curate.report.plain import wrap_page
@@ -42,9 +42,9 @@ def _render_head(report: dict[str, Any]) -> str:
         '<p class="command">Recommended: '
         f"<code>{_text(options.removeprefix('Recommended: '))}</code></p>"
         + "".join(f"<p>{_text(line)}</p>" for line in sentences)
-        + f"<p>{report['pool']:,} samples, of which {report['held_out']:,} held-out pairs judge; "
-        f"each student ({_text(report['model'])}) took {plan['steps']:,} steps of {plan['batch']} "
-        "pairs. Settings that were clearly behind the best got no further seeds.</p>"
+        + f"<p>{tell_pool(report)}; each student ({_text(report['model'])}) took "
+        f"{plan['steps']:,} steps of {plan['batch']} pairs. Settings that were clearly "
+        "behind the best got no further seeds.</p>"
         + (f'<ul class="warnings" aria-label="Warnings">{warnings}</ul>' if warnings else "")
         + "</section>"
     )

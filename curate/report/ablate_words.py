@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["describe_ablation", "tell_recommendation"]
+__all__ = ["describe_ablation", "tell_pool", "tell_recommendation"]
 
 
 def describe_ablation(report: dict[str, Any], page: str) -> str:
@@ -17,8 +17,8 @@ def describe_ablation(report: dict[str, Any], page: str) -> str:
     """
     width = max(len(row["name"]) for row in report["lines"])
     lines = [
-        f"{report['pool']} samples, of which {report['held_out']} held-out pairs judge; students: "
-        f"{report['model']}, {report['plan']['steps']} steps of {report['plan']['batch']}",
+        f"{tell_pool(report)}; students: {report['model']}, {report['plan']['steps']} steps of "
+        f"{report['plan']['batch']}",
         "",
         f"{'':<{width}}  dropped  seeds   R@10  gain over the loosest",
     ]
@@ -37,6 +37,12 @@ def describe_ablation(report: dict[str, Any], page: str) -> str:
     lines += ["", *tell_recommendation(report)]
     lines += [f"Warning: {line}" for line in report["warnings"]]
     return "\n".join([*lines, f"Page: {page}"])
+
+
+def tell_pool(report: dict[str, Any]) -> str:
+    """Say how many samples there are, and how many judge."""
+    judged = f"{report['pool']:,} samples, of which {report['held_out']:,} held-out pairs judge"
+    return judged + (" each seed, others for each" if report["apart"] else "")
 
 
 def tell_recommendation(report: dict[str, Any]) -> list[str]:

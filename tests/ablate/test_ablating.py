@@ -168,15 +168,16 @@ def test_small_clips_learn_from_thumbnails_and_know_classes(out: Path, tmp_path:
 
 def test_larger_clips_see_pictures_twice_as_wide(out: Path, tmp_path: Path) -> None:
     room = open_select(str(out), read_finished(str(out)))
-    pairs = choose_pairs(room, 0.2, 600, 0)
-    lines = plan_lines(decide_all(room, read_grid(grid(tmp_path))), pairs, False, False)
+    pairs = choose_pairs(room, 0.3, 600, 0, 2)
+    lines = plan_lines(decide_all(room, read_grid(grid(tmp_path))), pairs, False, False, 2)
     folder = str(tmp_path / "work")
     commit_data(room, pairs, Budget("larger", steps=2, batch=16, retries=0), None, folder)
     assert storage.read_array(f"{folder}/pixels.npy").shape == (len(pairs), 3, 64, 64)
     Rounds(lines, pairs, folder, seeds=2).run(Local(), Silent())
-    hits = [line.scores()[seed] for line in lines for seed in (0, 1)]
-    assert all(one.shape == pairs.held.shape for one in hits)
-    assert 0 < np.mean(hits) < 1
+    for seed in (0, 1):
+        hits = [line.scores()[seed] for line in lines]
+        assert all(one.shape == pairs.held(seed).shape for one in hits)
+        assert 0 < np.mean(hits) < 1
 
 
 def test_the_command_knows_all_models_and_each_is_larger_than_the_one_before() -> None:
@@ -209,11 +210,24 @@ def test_a_stricter_cosine_walks_fewer_edges(out: Path, tmp_path: Path) -> None:
 
 def test_held_out_clusters_are_not_trained_on(out: Path) -> None:
     room = open_select(str(out), read_finished(str(out)))
-    pairs = choose_pairs(room, 0.2, 20_000, 0)
+    pairs = choose_pairs(room, 0.2, 20_000, 0, 3)
     clusters = pairs.codes[:, 0]
-    assert not set(clusters[pairs.held]) & set(clusters[pairs.trainable])
-    assert len(set(clusters[pairs.held])) == len(pairs.held)
-    smaller = choose_pairs(room, 0.4, 800, 0)
+    parts = [pairs.held(seed) for seed in range(3)]
+    for seed, held in enumerate(parts):
+        assert not set(clusters[held]) & set(clusters[pairs.trainable(seed)])
+        assert len(set(clusters[held])) == len(held)
+        assert len(set(clusters)) * 0.15 < len(held) < len(set(clusters)) * 0.25
+    judged = np.concatenate(parts)
+    assert len(set(judged)) == len(judged)
+    assert pairs.apart
+    # More seeds hold out smaller parts where they must, and the same where not.
+    more = choose_pairs(room, 0.2, 20_000, 0, 5)
+    assert (more.held(2) == parts[2]).all()
+    many = choose_pairs(room, 0.2, 20_000, 0, 7)
+    every = np.concatenate([many.held(seed) for seed in range(7)])
+    assert sorted(every) == np.flatnonzero(many.judges).tolist()
+    assert len(set(clusters)) / 7 * 0.7 < len(many.held(0)) < len(set(clusters)) / 7 * 1.3
+    smaller = choose_pairs(room, 0.4, 800, 0, 2)
     assert 790 < len(smaller) <= 800
 
 
@@ -224,23 +238,26 @@ def test_named_pairs_judge_and_nothing_of_their_clusters_is_trained_on(
     path = tmp_path / "judges.csv"
     path.write_text("\n".join(["uid", *named, "of-no-sample"]))
     room = open_select(str(out), read_finished(str(out)))
-    pairs = choose_pairs(room, 0.2, 800, 0, read_uids(str(path)))
-    assert {pairs.uids[place] for place in pairs.held} == set(named)
+    pairs = choose_pairs(room, 0.2, 800, 0, 3, read_uids(str(path)))
     clusters = pairs.codes[:, 0]
-    assert not set(clusters[pairs.held]) & set(clusters[pairs.trainable])
-    assert (~pairs.trainable).sum() == len(named) + 40  # with the copies of some
+    for seed in range(3):
+        held, trainable = pairs.held(seed), pairs.trainable(seed)
+        assert {pairs.uids[place] for place in held} == set(named)
+        assert not set(clusters[held]) & set(clusters[trainable])
+        assert (~trainable).sum() == len(named) + 40  # with the copies of some
+    assert not pairs.apart
     assert len(pairs) <= 800
     path.write_text("\n".join(["uid", *named[:99]]))
-    with pytest.raises(InputError, match="--held-out-list: must leave at least 100 pairs"):
-        choose_pairs(room, 0.2, 800, 0, read_uids(str(path)))
+    with pytest.raises(InputError, match="--held-out-list: must leave every seed at least 100"):
+        choose_pairs(room, 0.2, 800, 0, 3, read_uids(str(path)))
 
 
 def test_captions_are_drawn_from_those_of_dropped_copies(out: Path, tmp_path: Path) -> None:
     text = "- {mitigation.captions: 2}\n- {}\n- {load.weighted: true}\n"
     room = open_select(str(out), read_finished(str(out)))
-    pairs = choose_pairs(room, 0.2, 20_000, 0)
+    pairs = choose_pairs(room, 0.2, 20_000, 0, 3)
     decided = decide_all(room, read_grid(grid(tmp_path, text)))
-    lines = plan_lines(decided, pairs, False, False)
+    lines = plan_lines(decided, pairs, False, False, 3)
     known = next(line.training.captions for line in lines if "captions" in line.name)
     assert (pairs.codes[known[:, 0], 0] == pairs.codes[known[:, 1], 0]).all()
     samples, counts = np.unique(known[:, 0], return_counts=True)
@@ -318,6 +335,8 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
     labels.write_text("uid,class\na,b\n")
     few = tmp_path / "few.csv"
     few.write_text(f"uid,label\n{uid_of(1)},a\n")
+    rare = tmp_path / "rare.csv"
+    rare.write_text(f"uid,label\n{uid_of(1)},a\n{uid_of(2)},b\n")
     cases: list[tuple[Request, type[Exception], str]] = [
         (request(tmp_path / "none", good), OutputError, "must hold a finished run"),
         (request(out, str(tmp_path / "no.yaml")), ConfigError, "must be a readable YAML file"),
@@ -326,6 +345,7 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
         (request(out, good, labels=str(tmp_path / "no.csv")), InputError, "no such path"),
         (request(out, good, labels=str(labels)), InputError, "must have the column label"),
         (request(out, good, labels=str(few)), InputError, "at least two classes"),
+        (request(out, good, labels=str(rare)), InputError, "at least two of the pairs that judge"),
         (request(out, good, held_out_list=str(tmp_path / "no.csv")), InputError, "no such path"),
         (request(write_run(tmp_path / "t", thumbnail=False), good), InputError, "thumbnail"),
         (request(write_run(tmp_path / "s", mismatch_probability=False), None), ConfigError,
@@ -344,7 +364,8 @@ def test_losers_get_no_further_seeds(
 ) -> None:
     seen: list[str] = []
 
-    def is_behind(scores: Any, name: str, loosest: str) -> bool:
+    def is_behind(scores: Any, name: str, loosest: str, apart: bool) -> bool:
+        assert apart
         seen.append(name)
         return name != loosest
 
