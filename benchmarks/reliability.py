@@ -1,10 +1,11 @@
 """How reliable are memorization scores of few proxies? `python -m benchmarks.reliability OUT WORK`.
 
-Ground truth is the score of many proxies trained end to end on random halves of the clusters of a
-finished run's pairs. Against it stand the score stage's own designs: eight such proxies with other
-seeds and of another size, and heads over the frozen vectors. No proxy serves both sides. Every
-proxy's result is kept in WORK, so that a run that was stopped goes on; `--part` shares the work
-among processes. Prints one JSON line.
+Ground truth is the score of many proxies of 64 px trained end to end on random halves of the
+clusters of a finished run's pairs. Against it stand eight more of them, the score stage's own
+design (more and smaller ones, which take as long), and heads over the frozen vectors; each as it
+is and with the chance of its company taken off, as the stage does. No proxy serves both sides.
+Every proxy's result is kept in WORK, so that a run that was stopped goes on; `--part` shares the
+work among processes. Prints one JSON line.
 
 References: Feldman and Zhang (arXiv:2008.03703), section 2: the subset-sampling estimator.
 """
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from benchmarks.signature import read_pairs
 from curate import storage
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import read_square
-from curate.memorization.folds import draw_masks, hash_unit
+from curate.memorization.company import Company, adjust_values, fit_slopes, regression_sums
+from curate.memorization.folds import draw_halves, draw_masks, hash_unit
 from curate.memorization.mismatch import normalise_caption
 from curate.memorization.verdict import coherence, measure_memorization
 from curate.models.clip_proxy import (
@@ -40,12 +43,15 @@ from curate.models.precision import pick_device, pick_dtype
 from curate.models.proxy import HeadsShape, embed_pairs
 from curate.models.train import Recipe, fit_front, train_heads
 from curate.models.train_clip import ClipRecipe, train_clip
+from curate.stages.score import Score
+from curate.stages.score_clips import CLIP_SHAPE, COMPANY_WIDTH
+from curate.stages.score_inputs import centre
 
 Array = np.ndarray[Any, Any]
 
 _IMAGE_PX = 64
 _HELD_OUT = 1000
-#: Proxies of a design as the stage has it.
+#: Proxies of 64 px that take as long as those of the stage.
 FEW = 8
 _FRONT_WIDTH = 256
 _TOP_SHARE = 0.1
@@ -125,6 +131,22 @@ def read_data(out: Path, limit: int) -> Data:
     )
 
 
+def shrink(data: Data, side_px: int) -> Data:
+    """The same pairs with smaller pictures."""
+    times = _IMAGE_PX // side_px
+    parts = data.pixels.reshape(len(data.pixels), 3, side_px, times, side_px, times)
+    return replace(data, pixels=parts.mean((3, 5)).round().astype(np.uint8))
+
+
+def adjust(data: Data, values: Array, masks: Array) -> Array:
+    """Take off what a proxy's company did by chance, as the stage does: (N, P) float64."""
+    sides = [centre(part, fit_front(part, COMPANY_WIDTH)) for part in data.vectors]
+    vectors, clusters = np.concatenate(sides, axis=1) / np.sqrt(2), data.codes[:, 0]
+    shares = Company(vectors, clusters, masks).shares(vectors, clusters)
+    slopes = fit_slopes(regression_sums(values, masks, shares))
+    return adjust_values(values, masks, shares, slopes)
+
+
 def random_halves(clusters: list[str], pairs: int) -> Array:
     """Draw complementary halves of the clusters, anew for every two proxies: (N, 2 * pairs)."""
     names, places = np.unique(clusters, return_inverse=True)
@@ -193,11 +215,21 @@ def run(design: Design, work: Path, part: tuple[int, int]) -> None:
             click.echo(f"{path.stem}: {time.monotonic() - begun:.0f} s", err=True)
 
 
-def load(design: Design, work: Path, proxies: slice | None = None) -> tuple[Array, Array]:
-    """Return the score of some of a design's proxies and its values as (N, P)."""
+Change = Callable[[Array, Array], Array]
+
+
+def load(
+    design: Design, work: Path, proxies: slice | None = None, change: Change | None = None
+) -> tuple[Array, Array]:
+    """Return the score of some of a design's proxies and its values as (N, P).
+
+    `change` makes other values of values and masks.
+    """
     chosen = list(range(design.masks.shape[1]))[proxies or slice(None)]
     values = np.stack([np.load(work / f"{design.name}-{p}.npy") for p in chosen], axis=1)
-    return measure_memorization(values, design.masks[:, chosen])[0], values
+    masks = design.masks[:, chosen]
+    values = values if change is None else change(values, masks)
+    return measure_memorization(values, masks)[0], values
 
 
 def compare(score: Array, truth: Array) -> dict[str, float]:
@@ -211,7 +243,7 @@ def compare(score: Array, truth: Array) -> dict[str, float]:
     }
 
 
-def split_half(design: Design, work: Path) -> dict[str, float]:
+def split_half(design: Design, work: Path, change: Change | None = None) -> dict[str, float]:
     """Correlation of the scores of two halves of the proxies, and what it says of all of them.
 
     References
@@ -220,7 +252,7 @@ def split_half(design: Design, work: Path) -> dict[str, float]:
     """
     count = design.masks.shape[1] // 2 // 2 * 2
     halves = (slice(None, count), slice(count, 2 * count))
-    first, second = (load(design, work, half)[0] for half in halves)
+    first, second = (load(design, work, half, change)[0] for half in halves)
     rank = float(spearmanr(first, second)[0])
     return {"split_half": round(rank, 4), "reliability": round(2 * rank / (1 + rank), 4)}
 
@@ -246,18 +278,17 @@ def main(
     keep_freed_memory()
     data = read_data(out, limit)
     recipe = ClipRecipe(epochs=epochs, dtype=pick_dtype(pick_device()))
-    shape = ClipShape(data.words, image_px=_IMAGE_PX)
-    clip = clip_fit(data, shape, recipe, views)
-    wide = clip_fit(data, replace(shape, image_width=32, text_width=192), recipe, views)
+    clip = clip_fit(data, ClipShape(data.words, image_px=_IMAGE_PX), recipe, views)
+    small = shrink(data, CLIP_SHAPE["image_px"])
+    stage = clip_fit(small, ClipShape(data.words, **CLIP_SHAPE), recipe, views)
     heads = heads_fit(data)
     halves = random_halves(data.clusters, truth_proxies // 2)
     designs = [
         Design("few", draw_masks(data.clusters, FEW, 0), clip),
+        Design("stage", draw_halves(data.clusters, Score().clip_proxies, 1), stage),
         Design("truth", halves, clip),
         Design("heads", draw_masks(data.clusters, FEW, 0), heads),
         Design("heads-truth", halves, heads),
-        Design("few-again", draw_masks(data.clusters, FEW, 1), clip),
-        Design("wide", draw_masks(data.clusters, FEW, 2), wide),
     ]
     work.mkdir(parents=True, exist_ok=True)
     for design in designs:
@@ -273,9 +304,11 @@ def main(
         "truth_proxies": truth_proxies,
         "truth": split_half(by_name["truth"], work),
     }
-    for name in ("few", "few-again", "wide", "heads", "heads-truth"):
-        score, _ = load(by_name[name], work)
-        report[name] = {**compare(score, truth), **split_half(by_name[name], work)}
+    for name in ("few", "stage", "heads", "heads-truth"):
+        design = by_name[name]
+        for label, change in ((name, None), (f"{name}, adjusted", partial(adjust, data))):
+            score, _ = load(design, work, change=change)
+            report[label] = {**compare(score, truth), **split_half(design, work, change)}
     click.echo(json.dumps(report))
 
 

@@ -28,7 +28,7 @@ from curate.stages.base import Stage, Step, Table
 #: What a stage needs to do anything at all on a few dozen samples.
 FIELDS: dict[str, dict[str, Any]] = {
     "dedup": {"min_cosine": 0.7, "min_pixel_match": 0.97},
-    "score": {"proxy": "clip", "proxies": 4, "clip_epochs": 1, "clip_views": 1},
+    "score": {"proxy": "clip", "clip_proxies": 4, "clip_epochs": 1, "clip_views": 1},
     "select": {"min_caption_chars": 3, "min_side_px": 8, "max_aspect": 4},
     "write": {"shard_samples": 7, "webdataset": True},
     "report": {"pictures": 3},

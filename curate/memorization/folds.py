@@ -15,6 +15,7 @@ __all__ = [
     "average",
     "block_masks",
     "draw_blocks",
+    "draw_halves",
     "draw_masks",
     "draw_repeats",
     "hash_unit",
@@ -166,6 +167,37 @@ def draw_masks(cluster_ids: Sequence[str], proxies: int, seed: int) -> Array:
     return masks
 
 
+def draw_halves(cluster_ids: Sequence[str], proxies: int, seed: int) -> Array:
+    """Tell which samples each proxy trains on, by halves that are independent of each other.
+
+    Unlike `draw_masks`, which holds few kinds of samples so that phantoms can be made of them: with
+    many proxies, any two clusters are together in other halves than any other two.
+
+    Parameters
+    ----------
+    cluster_ids, proxies, seed
+        As `draw_masks` takes them.
+
+    Returns
+    -------
+    (N, P) bool
+        Columns 2m and 2m + 1 are complements: every row holds exactly P / 2 times True.
+
+    Raises
+    ------
+    ValueError
+        If P is odd or below 2.
+
+    References
+    ----------
+    As for `draw_masks`.
+    """
+    _check_proxies(proxies)
+    first = [hash_unit(cluster_ids, seed, f"half {m}") < 0.5 for m in range(proxies // 2)]
+    sides: Array = np.stack([side for one in first for side in (one, ~one)], axis=1)
+    return sides
+
+
 def split_sides(values: Array, inside: Array) -> tuple[Array, Array]:
     """Separate what in-proxies and out-proxies say.
 
@@ -173,7 +205,7 @@ def split_sides(values: Array, inside: Array) -> tuple[Array, Array]:
     ----------
     values : (N, P) floating
     inside : (N, P) bool
-        See `draw_masks`.
+        See `draw_masks` and `draw_halves`.
 
     Returns
     -------

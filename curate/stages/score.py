@@ -22,6 +22,7 @@ from curate.stages.score_clips import (
     summarize_clips,
     train_clip_proxy,
     view_shard,
+    weigh_company,
     write_memorization,
 )
 from curate.stages.score_evidence import (
@@ -47,7 +48,7 @@ _COLUMNS = (
 )
 _MEMORIZATION_COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kind")
 #: What only the proxies trained end to end depend on.
-_CLIP_FIELDS = ("proxy", "clip_epochs", "clip_views")
+_CLIP_FIELDS = ("proxy", "clip_proxies", "clip_epochs", "clip_views")
 
 
 class Score(Stage):
@@ -65,6 +66,9 @@ class Score(Stage):
         8, description="number of proxies, even: every two train on complementary halves", ge=2
     )
     epochs: int = Field(6, description="passes of a proxy over its half", ge=0, le=1000)
+    clip_proxies: int = Field(
+        32, description="number of proxies trained end to end, even, as `proxies`", ge=2
+    )
     clip_epochs: int = Field(
         30, description="passes of a proxy trained end to end over its half", ge=1, le=1000
     )
@@ -85,7 +89,7 @@ class Score(Stage):
         6_000, description="samples that the mismatch detector is fitted on", ge=100
     )
 
-    @field_validator("proxies")
+    @field_validator("proxies", "clip_proxies")
     @classmethod
     def _check_proxies(cls, value: int) -> int:
         if value % 2:
@@ -112,9 +116,10 @@ class Score(Stage):
         pairs, memorized = ("score",), (MEMORIZATION,)
         clips = (
             Step("pairs", collect_pairs, _scored_shards, memorized),
-            Step("words", fold_vocabulary, _words_tasks, memorized),
-            Step("clips", train_clip_proxy, _proxy_tasks, memorized),
+            Step("words", fold_vocabulary, _once_scored, memorized),
+            Step("clips", train_clip_proxy, _clip_tasks, memorized),
             Step("views", view_shard, _scored_shards, memorized),
+            Step("slopes", weigh_company, _once_scored, memorized),
         )
         return (
             Step("bank", fill_bank, one_task, pairs),
@@ -155,12 +160,18 @@ class Score(Stage):
 
 
 def _proxy_tasks(room: Room) -> list[str]:
-    return (
-        [str(proxy) for proxy in range(score_stage(room).proxies)] if read_plan(room).scored else []
-    )
+    return _numbers(room, score_stage(room).proxies)
 
 
-def _words_tasks(room: Room) -> list[str]:
+def _clip_tasks(room: Room) -> list[str]:
+    return _numbers(room, score_stage(room).clip_proxies)
+
+
+def _numbers(room: Room, count: int) -> list[str]:
+    return [str(number) for number in range(count)] if read_plan(room).scored else []
+
+
+def _once_scored(room: Room) -> list[str]:
     return one_task(room) if read_plan(room).scored else []
 
 

@@ -1,6 +1,7 @@
 """The steps of `score` that train small CLIPs end to end and measure memorization by them."""
 
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,24 +9,35 @@ import pyarrow as pa
 
 from curate import storage
 from curate.formats.pixels import read_square
-from curate.memorization.folds import draw_masks, hash_unit
+from curate.memorization.company import Company, adjust_values, fit_slopes, regression_sums
+from curate.memorization.folds import draw_halves, hash_unit
 from curate.memorization.retrieval import RETRIEVED, hits_at
 from curate.memorization.verdict import coherence, measure_memorization, tell_kinds
 from curate.schema import select_schema
 from curate.stages.base import Room
-from curate.stages.score_inputs import read_plan, read_samples, score_stage
+from curate.stages.score_inputs import (
+    Samples,
+    centre,
+    read_plan,
+    read_reference,
+    read_samples,
+    score_stage,
+)
 from curate.stages.score_proxies import trained_clusters
 
 if TYPE_CHECKING:
     from curate.models.clip_proxy import ClipShape
 
 __all__ = [
+    "CLIP_SHAPE",
+    "COMPANY_WIDTH",
     "MEMORIZATION",
     "collect_pairs",
     "fold_vocabulary",
     "summarize_clips",
     "train_clip_proxy",
     "view_shard",
+    "weigh_company",
     "write_memorization",
 ]
 
@@ -35,8 +47,13 @@ Array = np.ndarray[Any, Any]
 MEMORIZATION = "score.memorization"
 _COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kind")
 
-#: Side of what a proxy sees. Thumbnails have 128 px on their longer side.
-_IMAGE_PX = 64
+#: What a proxy is. One of 64 px and four times the text tower takes four times as long and ranks
+#: samples alike; four of these tell a score from its noise better than one of those.
+CLIP_SHAPE = {"image_px": 32, "text_width": 64, "text_layers": 1}
+#: Directions of either modality by which a sample's neighbours are found; twice as many find none
+#: that matter more.
+COMPANY_WIDTH = 64
+
 #: Left-out samples that give a proxy's mean held-out embedding and its retrieval figure.
 _HELD_OUT = 1000
 
@@ -53,21 +70,21 @@ def _read_pairs(room: Room, shard: str, rows: Array) -> tuple[Array, Array, Arra
     present = table["thumbnail"].is_valid().to_numpy()
     rows = rows[present[rows]]
     chosen = table.take(pa.array(rows))
-    pixels = np.zeros((len(rows), 3, _IMAGE_PX, _IMAGE_PX), np.uint8)
+    side_px = CLIP_SHAPE["image_px"]
+    pixels = np.zeros((len(rows), 3, side_px, side_px), np.uint8)
     for place, thumbnail in enumerate(chosen["thumbnail"].to_pylist()):
-        pixels[place] = read_square(thumbnail, _IMAGE_PX)
+        pixels[place] = read_square(thumbnail, side_px)
     return pixels, tokenize(chosen["caption"].to_pylist()), rows
 
 
 def collect_pairs(room: Room, task: str) -> dict[str, float]:
-    """Commit pixels, tokens and keys of the samples of a shard that proxies may train on."""
-    stage = score_stage(room)
-    samples = read_samples(room, task)
-    trained = samples.usable & trained_clusters(samples.clusters, read_plan(room), stage.seed)
-    pixels, tokens, rows = _read_pairs(room, task, np.flatnonzero(trained))
+    """Commit pixels, tokens, vectors and keys of the samples that proxies may train on."""
+    samples, trained = _trained_samples(room, task)
+    pixels, tokens, rows = _read_pairs(room, task, trained)
     chosen = samples.take(rows)
     storage.commit_array(_path(room, "pairs", f"{task}.pixels.npy"), pixels)
     storage.commit_array(_path(room, "pairs", f"{task}.tokens.npy"), tokens)
+    storage.commit_array(_path(room, "pairs", f"{task}.vectors.npy"), _place(room, chosen))
     keys = {
         "uid": pa.array(chosen.uids, pa.string()),
         "cluster": pa.array(chosen.clusters, pa.string()),
@@ -76,6 +93,23 @@ def collect_pairs(room: Room, task: str) -> dict[str, float]:
     }
     storage.commit_table(_path(room, "pairs", f"{task}.parquet"), pa.table(keys))
     return {"samples": len(rows)}
+
+
+def _trained_samples(room: Room, shard: str) -> tuple[Samples, Array]:
+    """A shard, and which of its rows proxies may train on: (M,) int64."""
+    samples = read_samples(room, shard)
+    clusters = trained_clusters(samples.clusters, read_plan(room), score_stage(room).seed)
+    return samples, np.flatnonzero(samples.usable & clusters)
+
+
+def _place(room: Room, samples: Samples) -> Array:
+    """Image and caption side by side, of unit norm together: (N, D) float32."""
+    fronts = [(mean, front[:, :COMPANY_WIDTH]) for mean, front in read_reference(room).fronts]
+    sides = [
+        centre(part, front)
+        for part, front in zip((samples.image, samples.text), fronts, strict=True)
+    ]
+    return np.concatenate(sides, axis=1) / np.float32(np.sqrt(2))
 
 
 def fold_vocabulary(room: Room, task: str) -> dict[str, float]:
@@ -94,7 +128,7 @@ def fold_vocabulary(room: Room, task: str) -> dict[str, float]:
 def _shape(words: Array) -> "ClipShape":
     from curate.models.clip_proxy import ClipShape
 
-    return ClipShape(len(words), image_px=_IMAGE_PX)
+    return ClipShape(len(words), **CLIP_SHAPE)
 
 
 def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
@@ -167,7 +201,7 @@ def _gather_pairs(room: Room, proxy: int) -> tuple[Array, Array, Array, Array]:
         keys = storage.read_table(_path(room, "pairs", f"{shard}.parquet"))
         codes = [keys[name].to_numpy() for name in ("cluster_code", "caption_code")]
         clusters = keys["cluster"].to_pylist()
-        masks = draw_masks(clusters, stage.proxies, stage.seed)[:, proxy]
+        masks = draw_halves(clusters, stage.clip_proxies, stage.seed)[:, proxy]
         arrays = [
             storage.read_array(_path(room, "pairs", f"{shard}.{name}.npy"))
             for name in ("pixels", "tokens")
@@ -182,34 +216,60 @@ def _gather_pairs(room: Room, proxy: int) -> tuple[Array, Array, Array, Array]:
 
 
 def view_shard(room: Room, task: str) -> dict[str, float]:
-    """Commit a shard's embeddings under every proxy, and the alignment over views."""
+    """Commit the coherence of a shard's pairs under every proxy, and who else it trained on.
+
+    (M, P) and (M, P, K) float32, and the shard's part of what the slopes are fitted to.
+    """
     from curate.models.clip_proxy import embed_views, fold_tokens, load_clip
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device
 
     stage, device = score_stage(room), pick_device()
-    samples = read_samples(room, task)
-    pixels, tokens, rows = _read_pairs(room, task, np.flatnonzero(samples.usable))
+    keys = storage.read_table(_path(room, "pairs", f"{task}.parquet"))
+    pixels, tokens, vectors = (
+        np.array(storage.read_array(_path(room, "pairs", f"{task}.{name}.npy")))
+        for name in ("pixels", "tokens", "vectors")
+    )
     words = np.array(storage.read_array(_path(room, "words.npy")))
     tokens = fold_tokens(tokens, words)
-    whole = np.zeros(len(samples.uids), bool)
-    whole[rows] = True
-    columns: dict[str, Any] = {"uid": pa.array(samples.uids, pa.string())}
+    values = np.zeros((len(keys), stage.clip_proxies), np.float32)
     with torch_threads(1):
-        for proxy in range(stage.proxies):
+        for proxy in range(stage.clip_proxies):
             record = storage.read_json(_path(room, "clips", f"{proxy}.json"))
             weights = storage.read_bytes(_path(room, "clips", f"{proxy}.safetensors"))
+            held_out = storage.read_array(_path(room, "clips", f"held-out-{proxy}.npy"))
             model = load_clip(weights, _shape(words), device)
-            found = embed_views(model, pixels, tokens, stage.clip_views, record["dtype"])
-            for name, vectors in zip(("image", "text"), found, strict=False):
-                spread = np.zeros((len(whole), vectors.shape[1]), np.float16)
-                spread[rows] = vectors
-                columns[f"{name}_{proxy}"] = storage.vector_column(spread, whole)
-            alignment = np.full(len(whole), np.nan, np.float32)
-            alignment[rows] = found[2]
-            columns[f"alignment_{proxy}"] = pa.array(alignment, from_pandas=True)
-    storage.commit_table(_path(room, "views", f"{task}.parquet"), pa.table(columns))
-    return {"samples": len(rows)}
+            image, text, alignment = embed_views(
+                model, pixels, tokens, stage.clip_views, record["dtype"]
+            )
+            values[:, proxy] = coherence(alignment, image, text, held_out)
+    names = tuple(room.shards())
+    company = _read_company(_path(room, "pairs"), names, stage.clip_proxies, stage.seed)
+    shares = company.shares(vectors, keys["cluster_code"].to_numpy())
+    inside = draw_halves(keys["cluster"].to_pylist(), stage.clip_proxies, stage.seed)
+    sums = regression_sums(values, inside, shares)
+    for name, array in (("values", values), ("shares", shares), ("sums", sums)):
+        storage.commit_array(_path(room, "views", f"{task}.{name}.npy"), array)
+    return {"samples": len(keys)}
+
+
+@lru_cache(maxsize=1)
+def _read_company(folder: str, shards: tuple[str, ...], proxies: int, seed: int) -> Company:
+    """All committed pairs; kept between the tasks of one worker."""
+    paths = [storage.join(folder, shard) for shard in shards]
+    keys = pa.concat_tables([storage.read_table(f"{path}.parquet") for path in paths])
+    vectors = np.concatenate([storage.read_array(f"{path}.vectors.npy") for path in paths])
+    inside = draw_halves(keys["cluster"].to_pylist(), proxies, seed)
+    return Company(vectors, keys["cluster_code"].to_numpy(), inside)
+
+
+def weigh_company(room: Room, task: str) -> dict[str, float]:
+    """Commit `slopes.npy`: how coherence rises with the share of neighbours trained on."""
+    parts = [
+        storage.read_array(_path(room, "views", f"{shard}.sums.npy")) for shard in room.shards()
+    ]
+    storage.commit_array(_path(room, "slopes.npy"), fit_slopes(np.sum(parts, axis=0)))
+    return {}
 
 
 def write_memorization(room: Room, task: str) -> dict[str, float]:
@@ -225,31 +285,29 @@ def write_memorization(room: Room, task: str) -> dict[str, float]:
 
 def _measure(room: Room, task: str) -> list[Any]:
     stage = score_stage(room)
-    clusters = [name or "" for name in room.read(task, ["cluster_id"])["cluster_id"].to_pylist()]
-    views = storage.read_table(_path(room, "views", f"{task}.parquet"))
-    values = np.empty((len(clusters), stage.proxies))
-    for proxy in range(stage.proxies):
-        image, text = (storage.read_vectors(views[f"{s}_{proxy}"])[0] for s in ("image", "text"))
-        held_out = storage.read_array(_path(room, "clips", f"held-out-{proxy}.npy"))
-        alignment = views[f"alignment_{proxy}"].to_numpy(zero_copy_only=False)
-        values[:, proxy] = coherence(alignment, image, text, held_out)
-    inside = draw_masks(clusters, stage.proxies, stage.seed)
-    values[~trained_clusters(clusters, read_plan(room), stage.seed)] = np.nan
-    score, error = measure_memorization(values, inside)
-    table = storage.read_table(room.shard_path("score", task), ["mismatch_probability"])
+    keys = storage.read_table(_path(room, "pairs", f"{task}.parquet"))
+    values, shares = (
+        storage.read_array(_path(room, "views", f"{task}.{name}.npy"))
+        for name in ("values", "shares")
+    )
+    inside = draw_halves(keys["cluster"].to_pylist(), stage.clip_proxies, stage.seed)
+    slopes = storage.read_array(_path(room, "slopes.npy"))
+    values = adjust_values(values, inside, shares, slopes)
+    table = storage.read_table(room.shard_path("score", task), ["uid", "mismatch_probability"])
     mismatch = table["mismatch_probability"].to_numpy(zero_copy_only=False)
-    within = np.where(inside, values, 0).sum(1) / inside.sum(1)
-    kinds = tell_kinds(score, error, within, mismatch)
-    return [
-        pa.array(score.astype(np.float32), from_pandas=True),
-        pa.array(error.astype(np.float32), from_pandas=True),
-        pa.array(kinds, pa.string()),
-    ]
+    places = {uid: row for row, uid in enumerate(table["uid"].to_pylist())}
+    rows = [places[uid] for uid in keys["uid"].to_pylist()]
+    found = np.full((3, len(table)), np.nan)
+    found[:2, rows] = measure_memorization(values, inside)
+    found[2, rows] = np.where(inside, values, 0).sum(1) / inside.sum(1)
+    kinds = tell_kinds(found[0], found[1], found[2], mismatch)
+    scores = [pa.array(part.astype(np.float32), from_pandas=True) for part in found[:2]]
+    return [*scores, pa.array(kinds, pa.string())]
 
 
 def summarize_clips(room: Room) -> list[dict[str, Any]]:
     """Return every proxy's training curve, in/out gap and retrieval figure, for `run.json`."""
     return [
         storage.read_json(_path(room, "clips", f"{proxy}.json"))
-        for proxy in range(score_stage(room).proxies)
+        for proxy in range(score_stage(room).clip_proxies)
     ]

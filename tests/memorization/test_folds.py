@@ -1,7 +1,9 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from curate.memorization.folds import block_masks, draw_blocks, draw_masks, hash_unit
+from curate.memorization.folds import block_masks, draw_blocks, draw_halves, draw_masks, hash_unit
 
 IDS = [f"{number:032x}" for number in range(2000)]
 
@@ -16,9 +18,14 @@ def test_hash_is_uniform_and_depends_on_seed_and_purpose() -> None:
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.1
 
 
+Draw = Callable[[list[str], int, int], np.ndarray]
+either = pytest.mark.parametrize("draw", [draw_masks, draw_halves])
+
+
+@either
 @pytest.mark.parametrize("proxies", [2, 4, 8, 12, 64])
-def test_every_sample_is_in_exactly_half_of_the_proxies(proxies: int) -> None:
-    masks = draw_masks(IDS, proxies, seed=3)
+def test_every_sample_is_in_exactly_half_of_the_proxies(proxies: int, draw: Draw) -> None:
+    masks = draw(IDS, proxies, 3)
     assert masks.shape == (len(IDS), proxies)
     assert (masks.sum(1) == proxies // 2).all()
     assert (masks[:, ::2] != masks[:, 1::2]).all()
@@ -31,12 +38,20 @@ def test_first_pairs_are_independent_splits() -> None:
     assert abs(correlation).max() < 0.08
 
 
-def test_a_cluster_is_in_or_out_as_a_whole_wherever_it_stands() -> None:
+def test_all_halves_are_independent_and_hold_many_kinds_of_samples() -> None:
+    masks = draw_halves(IDS, 64, seed=0)
+    correlation = np.corrcoef(masks[:, ::2].T.astype(float)) - np.eye(32)
+    assert abs(correlation).max() < 0.1
+    assert len(np.unique(masks, axis=0)) == len(IDS)
+
+
+@either
+def test_a_cluster_is_in_or_out_as_a_whole_wherever_it_stands(draw: Draw) -> None:
     repeated = IDS[:50] * 3
-    masks = draw_masks(repeated, 8, seed=0)
+    masks = draw(repeated, 8, 0)
     assert np.array_equal(masks[:50], masks[50:100])
     order = np.random.default_rng(0).permutation(150)
-    shuffled = draw_masks([repeated[row] for row in order], 8, seed=0)
+    shuffled = draw([repeated[row] for row in order], 8, 0)
     assert np.array_equal(shuffled, masks[order])
 
 
@@ -46,12 +61,14 @@ def test_samples_of_one_block_share_their_masks() -> None:
     assert blocks.max() < 16
 
 
-def test_seeds_give_other_halves() -> None:
-    agreement = (draw_masks(IDS, 2, 0) == draw_masks(IDS, 2, 1)).mean()
+@either
+def test_seeds_give_other_halves(draw: Draw) -> None:
+    agreement = (draw(IDS, 2, 0) == draw(IDS, 2, 1)).mean()
     assert 0.4 < agreement < 0.6
 
 
+@either
 @pytest.mark.parametrize("proxies", [0, 1, 3])
-def test_odd_numbers_of_proxies_are_refused(proxies: int) -> None:
+def test_odd_numbers_of_proxies_are_refused(proxies: int, draw: Draw) -> None:
     with pytest.raises(ValueError, match="even"):
-        draw_masks(IDS, proxies, 0)
+        draw(IDS, proxies, 0)

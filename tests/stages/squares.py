@@ -15,7 +15,6 @@ from curate import storage
 from curate.formats.pixels import make_thumbnail
 from curate.models import clip_proxy
 from curate.models.encoders import torch_threads
-from curate.stages import score_clips
 from curate.stages.base import Room
 from curate.stages.score import Score
 from curate.stages.score_clips import MEMORIZATION
@@ -28,10 +27,9 @@ COUNT = 48
 
 @contextmanager
 def small_work() -> Iterator[None]:
-    """Small pictures, and small batches: filling up shards of a few rows would take longest."""
+    """Small batches: filling up shards of a few rows would take longest."""
     with pytest.MonkeyPatch.context() as patch, torch_threads(1):
         patch.setattr(clip_proxy, "_BATCHES", {"cpu": 32, "cuda": 32})
-        patch.setattr(score_clips, "_IMAGE_PX", 32)
         yield
 
 

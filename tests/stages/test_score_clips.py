@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from open_clip.model import CLIP
 from PIL import Image
 
 from curate import storage
 from curate.config import load_pipeline
 from curate.engine.runner import bind
 from curate.errors import ConfigError
-from curate.memorization.folds import draw_masks
+from curate.memorization.company import adjust_values, fit_slopes, regression_sums
+from curate.memorization.folds import draw_halves
 from curate.models import train_clip
-from curate.models.clip_proxy import ClipShape, embed_views, fold_tokens, load_clip
+from curate.models.clip_proxy import ClipShape, embed_view, embed_views, fold_tokens, load_clip
 from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score import Score
@@ -34,9 +36,11 @@ from tests.stages.squares import (
     small_work,
 )
 
-STAGE = Score(proxy="clip", proxies=4, epochs=1, clip_epochs=4, clip_views=2, min_samples=20)
+STAGE = Score(
+    proxy="clip", proxies=2, epochs=1, clip_proxies=4, clip_epochs=4, clip_views=2, min_samples=20
+)
 #: For what does not depend on the proxies' having learned anything.
-QUICK = STAGE.model_copy(update={"proxies": 2, "clip_epochs": 1, "clip_views": 1})
+QUICK = STAGE.model_copy(update={"clip_proxies": 2, "clip_epochs": 1, "clip_views": 1})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,50 +90,70 @@ def test_usable_samples_are_scored_and_others_are_null() -> None:
     assert set(table["memorization_kind"].to_pylist()[:COUNT]) <= {"none", "beneficial", "harmful"}
 
 
-def test_scores_are_those_of_the_definition_over_the_committed_embeddings() -> None:
-    samples, room, table = _scored()
-    views = storage.read_table(room.path("views", "00000.parquet", table=MEMORIZATION))
-    inside = draw_masks([name or "" for name in samples.clusters], 4, STAGE.seed)
-    values = np.full((COUNT, 4), np.nan)
-    for proxy in range(4):
-        image, text = (
-            storage.read_vectors(views[f"{side}_{proxy}"])[0][:COUNT].astype(float)
-            for side in ("image", "text")
-        )
-        np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=2e-3)
-        assert np.linalg.norm(image, axis=1).max() < 1 + 2e-3
-        path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
-        u = image + text
-        values[:, proxy] = (
-            1 + (image * text).sum(1) - u @ np.array(storage.read_array(path), float) / 2
-        )
-        alignment = views[f"alignment_{proxy}"].to_numpy()
-        np.testing.assert_allclose((image * text).sum(1), alignment[:COUNT], atol=3e-3)
-        assert np.isnan(alignment[COUNT:]).all()
-    for row in range(COUNT):
-        within, without = values[row, inside[row]], values[row, ~inside[row]]
-        gaps = within - without
-        found = [table[name][row].as_py() for name in COLUMNS[:2]]
-        assert found[0] == pytest.approx(gaps.mean(), abs=5e-3)
-        assert found[1] == pytest.approx(gaps.std(ddof=1) / 2**0.5, abs=5e-3)
-
-
-def test_the_mean_left_out_is_that_of_samples_the_proxy_never_saw() -> None:
-    samples, room, _ = _scored()
+def _pairs(room: Room) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pixels and tokens of the good samples as proxies see them, and the size of the vocabulary."""
     pixels, tokens, words = (
         np.array(storage.read_array(room.path(*names, table=MEMORIZATION)))
         for names in (["pairs", "00000.pixels.npy"], ["pairs", "00000.tokens.npy"], ["words.npy"])
     )
-    assert pixels.shape == (COUNT, 3, 32, 32)
-    inside = draw_masks([name or "" for name in samples.clusters], 4, STAGE.seed)[:COUNT]
+    return pixels, fold_tokens(tokens, words), len(words)
+
+
+def _proxy(room: Room, proxy: int, words: int) -> tuple[CLIP, np.ndarray]:
+    """Return a committed proxy, and the mean of what it left out."""
+    data = Path(room.path("clips", f"{proxy}.safetensors", table=MEMORIZATION)).read_bytes()
+    path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
+    shape = ClipShape(words, image_px=32, text_width=64, text_layers=1)
+    return load_clip(data, shape, "cpu"), np.array(storage.read_array(path))
+
+
+def test_scores_are_those_of_the_definition_by_the_committed_proxies() -> None:
+    samples, room, table = _scored()
+    pixels, tokens, words = _pairs(room)
+    inside = draw_halves([name or "" for name in samples.clusters], 4, STAGE.seed)
+    values = np.zeros((COUNT, 4))
     for proxy, record in enumerate(room.stage.facts(room)["clips"]):
-        data = Path(room.path("clips", f"{proxy}.safetensors", table=MEMORIZATION)).read_bytes()
-        model = load_clip(data, ClipShape(len(words), image_px=32), "cpu")
-        folded = fold_tokens(tokens, words)
+        model, held_out = _proxy(room, proxy, words)
+        for view in range(2):
+            image, text = embed_view(model, pixels, tokens, view, record["dtype"])
+            u = image.astype(float) + text
+            values[:, proxy] += ((u * u).sum(1) - u @ held_out) / 2 / 2
+    committed = storage.read_array(room.path("views", "00000.values.npy", table=MEMORIZATION))
+    assert committed == pytest.approx(values, abs=1e-5)
+    shares = _shares(room, samples, inside[:COUNT])
+    slopes = fit_slopes(regression_sums(values, inside[:COUNT], shares))
+    values = adjust_values(values, inside[:COUNT], shares, slopes)
+    for row in range(COUNT):
+        within, without = values[row, inside[row]], values[row, ~inside[row]]
+        gaps = within - without
+        found = [table[name][row].as_py() for name in COLUMNS[:2]]
+        assert found[0] == pytest.approx(gaps.mean(), abs=1e-3)
+        assert found[1] == pytest.approx(gaps.std(ddof=1) / 2**0.5, abs=1e-3)
+
+
+def _shares(room: Room, samples: Squares, inside: np.ndarray) -> np.ndarray:
+    """Share of the neighbours in other clusters that each proxy trained on, (COUNT, P, 2)."""
+    path = room.path("pairs", "00000.vectors.npy", table=MEMORIZATION)
+    vectors = np.array(storage.read_array(path), float)
+    clusters = np.array(samples.clusters[:COUNT])
+    shares = np.zeros((*inside.shape, 2))
+    for row in range(COUNT):
+        others = clusters != clusters[row]
+        for place, width in enumerate((0.03, 0.1)):
+            weights = np.exp(vectors[others] @ vectors[row] / width)
+            shares[row, :, place] = weights @ inside[others] / weights.sum()
+    return shares
+
+
+def test_the_mean_left_out_is_that_of_samples_the_proxy_never_saw() -> None:
+    samples, room, _ = _scored()
+    pixels, folded, words = _pairs(room)
+    assert pixels.shape == (COUNT, 3, 32, 32)
+    inside = draw_halves([name or "" for name in samples.clusters], 4, STAGE.seed)[:COUNT]
+    for proxy, record in enumerate(room.stage.facts(room)["clips"]):
+        model, mean = _proxy(room, proxy, words)
         image, text, alignment = embed_views(model, pixels, folded, 1, record["dtype"])
         out = ~inside[:, proxy]
-        path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
-        mean = np.array(storage.read_array(path))
         np.testing.assert_allclose(mean, (image + text)[out].mean(0), atol=1e-5)
         assert record["alignment_out"] == pytest.approx(alignment[out].mean(), abs=1e-4)
         assert record["alignment_in"] == pytest.approx(alignment[~out].mean(), abs=1e-4)
@@ -261,7 +285,8 @@ def test_other_proxies_leave_what_both_share(recipe: Path, tmp_path: Path) -> No
 
     clip = ("score", "proxy", "clip")
     heads = prints()
-    for more in ([], [("score", "clip_epochs", 9)], [("score", "clip_views", 1)]):
+    fields = (("clip_proxies", 4), ("clip_epochs", 9), ("clip_views", 1))
+    for more in ([], *([("score", *field)] for field in fields)):
         other = prints(clip, *more)
         assert other["score"] == heads["score"]
         assert other[MEMORIZATION] != heads[MEMORIZATION]

@@ -354,7 +354,9 @@ def quickly() -> Iterator[None]:
 
 
 #: Two small CLIPs, whose standard errors are null.
-CLIPS = Score(proxy="clip", proxies=2, epochs=1, clip_epochs=2, clip_views=1, min_samples=20)
+CLIPS = Score(
+    proxy="clip", proxies=2, epochs=1, clip_proxies=2, clip_epochs=2, clip_views=1, min_samples=20
+)
 
 
 def measure(
@@ -367,7 +369,7 @@ def measure(
     assert table["memorization_score"].null_count == 0
     assert np.abs(values).max() <= 4.5
     errors = table["memorization_score_stderr"]
-    assert errors.null_count == (len(table) if stage.proxies == 2 else 0)
+    assert errors.null_count == (len(table) if stage.clip_proxies == 2 else 0)
     facts = json.loads(json.dumps(room.stage.facts(room), allow_nan=False))
     return values, table, facts["clips"]
 
@@ -378,7 +380,7 @@ def test_clips_on_one_caption_learn_nothing_and_it_is_recorded(
     tmp_path: Path, proxies: int
 ) -> None:
     samples = replace(squares.make_squares(), captions=["the same"] * squares.COUNT)
-    stage = CLIPS.model_copy(update={"proxies": proxies})
+    stage = CLIPS.model_copy(update={"clip_proxies": proxies})
     values, table, records = measure(tmp_path, samples, stage)
     assert len(records) == proxies
     assert not any(record["rivals"] for record in records)
