@@ -1,7 +1,8 @@
 """Speed of proxies trained end to end: `python -m benchmarks.clip_speed OUT WORK --samples 100000`.
 
 Tiles the pairs of a finished run, each copy seen in another crop and light, trains proxies on a
-half each as `score` does, in as many processes as workers, and embeds everything under each.
+half each as `score` does, in as many processes as workers, and embeds everything under each; with
+`--image-px 64` larger ones.
 Products are counted by torch and set against what the device multiplies in bfloat16, measured in
 the same run. Prints one JSON line.
 """
@@ -18,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.dedup_device import measure_device
-from benchmarks.reliability import read_data
+from benchmarks.reliability import read_data, shrink
 from curate.models.clip_proxy import (
     ClipShape,
     build_clip,
@@ -29,14 +30,16 @@ from curate.models.clip_proxy import (
 from curate.models.encoders import torch_threads
 from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, augment_pixels, train_clip
+from curate.stages.score_clips import CLIP_SHAPE
 
-_IMAGE_PX = 64
+#: Of the score stage, and the larger ones that it had before.
+_SHAPES = {CLIP_SHAPE["image_px"]: CLIP_SHAPE, 64: {"image_px": 64}}
 _NAMES = ("pixels", "tokens", "codes")
 
 
-def _write_pairs(out: Path, work: Path, samples: int) -> int:
+def _write_pairs(out: Path, work: Path, samples: int, image_px: int) -> int:
     """Put down pixels, tokens and codes of so many pairs; return the number of words."""
-    data = read_data(out, samples)
+    data = shrink(read_data(out, samples), image_px)
     pictures = data.pixels
     rows = np.arange(samples) % len(pictures)
     pixels = np.lib.format.open_memmap(
@@ -53,10 +56,9 @@ def _write_pairs(out: Path, work: Path, samples: int) -> int:
     return data.words
 
 
-def _train(work: str, words: int, recipe: ClipRecipe, views: int, proxy: int) -> list[float]:
+def _train(work: str, shape: ClipShape, recipe: ClipRecipe, views: int, proxy: int) -> list[float]:
     """Train one proxy and embed everything; when each began and the last ended, and its loss."""
     pixels, tokens, codes = (np.load(Path(work) / f"{name}.npy") for name in _NAMES)
-    shape = ClipShape(words, image_px=_IMAGE_PX)
     inside = np.random.default_rng(proxy // 2).permutation(len(pixels)) % 2 == proxy % 2
     begun = time.time()
     trained = train_clip(
@@ -68,11 +70,11 @@ def _train(work: str, words: int, recipe: ClipRecipe, views: int, proxy: int) ->
     return [begun, between, time.time(), trained.losses[-1]]
 
 
-def _count_step(words: int, recipe: ClipRecipe) -> float:
+def _count_step(shape: ClipShape, recipe: ClipRecipe) -> float:
     """Operations of a step's towers, forth and back."""
     device = pick_device()
-    model = build_clip(ClipShape(words, image_px=_IMAGE_PX)).to(device)
-    pixels = torch.zeros(recipe.batch, 3, _IMAGE_PX, _IMAGE_PX, device=device)
+    model = build_clip(shape).to(device)
+    pixels = torch.zeros(recipe.batch, 3, shape.image_px, shape.image_px, device=device)
     tokens = torch.ones(recipe.batch, model.context_length, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter:
         image, text = encode(model, normalise_pixels(pixels), tokens, recipe.dtype)
@@ -88,18 +90,28 @@ def _count_step(words: int, recipe: ClipRecipe) -> float:
 @click.option("--epochs", default=ClipRecipe().epochs, show_default=True)
 @click.option("--views", default=4, show_default=True)
 @click.option("--workers", default=2, show_default=True)
+@click.option("--image-px", type=click.Choice(list(_SHAPES)), default=CLIP_SHAPE["image_px"],
+              show_default=True)  # fmt: skip
 def main(
-    out: Path, work: Path, samples: int, proxies: int, epochs: int, views: int, workers: int
+    out: Path,
+    work: Path,
+    samples: int,
+    proxies: int,
+    epochs: int,
+    views: int,
+    workers: int,
+    image_px: int,
 ) -> None:
     """Measure on the pairs of OUT, tiled in WORK."""
     work.mkdir(parents=True, exist_ok=True)
     recipe = ClipRecipe(epochs=epochs, dtype=pick_dtype(pick_device()))
-    words = _write_pairs(out, work, samples)
+    words = _write_pairs(out, work, samples, image_px)
+    shape = ClipShape(words, **_SHAPES[image_px])
     rates = measure_device()
-    step = _count_step(words, recipe)
+    step = _count_step(shape, recipe)
     begun = time.time()
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        given = [(str(work), words, recipe, views, proxy) for proxy in range(proxies)]
+        given = [(str(work), shape, recipe, views, proxy) for proxy in range(proxies)]
         ended = []
         for task in as_completed([pool.submit(_train, *one) for one in given]):
             ended.append(task.result())

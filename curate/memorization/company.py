@@ -1,10 +1,10 @@
 """Memorization with less noise: what the other samples of a training did to a sample is taken off.
 
 Whether a proxy fits a pair depends on the pair, on whether it was trained on, and on its company:
-which of its neighbours were. With few proxies that is most of the noise of a score. Each cluster is
-in half of the proxies by a draw of its own, so that the expected share of trained neighbours is
-one half, and a regression on the share takes off what it was by chance, as in a randomized
-experiment with a covariate.
+which of its neighbours were. Under heads over the vectors by which neighbours are found that is
+most of the noise of a score, under small CLIPs a fifth. Each cluster is in half of the proxies by a
+draw of its own, so that the expected share of trained neighbours is one half, and a regression on
+the share takes off what it was by chance, as in a randomized experiment with a covariate.
 
 References: Lin, Agnostic Notes on Regression Adjustments to Experimental Data (2013): one slope for
 either side. Feldman and Zhang (arXiv:2008.03703), section 2: the estimator whose variance this
