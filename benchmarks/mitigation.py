@@ -1,11 +1,13 @@
 """What mitigation does to memorization and retrieval: `python -m benchmarks.mitigation WORK`.
 
-Emoji, as a picture and a name, or two vendors' pictures and a name. f trains on shared and
-candidate samples, g on shared and independent ones (`curate.memorization.protocol`), with 10 % of
-all names swapped, in a plain loop over the pieces of `curate.mitigation`. Every arm has the same
-samples, swaps, first weights and number of steps; memorization is that of the candidates that
-were not swapped, and R@10 that of external samples, of f and g on average. The curated arms
-leave out what the score stage and `select.max_mismatch_rate` find in all training samples.
+Emoji, as a picture and a name, or two vendors' pictures and a name; or pairs of a finished run,
+whose captions are the whole, its title and the rest (`--run`, with a WORK of its own). f trains on
+shared and candidate samples, g on shared and independent ones (`curate.memorization.protocol`),
+with 10 % of all names swapped, in a plain loop over the pieces of `curate.mitigation`. Every arm
+has the same samples, swaps, first weights and number of steps; memorization is that of the
+candidates that were not swapped, and R@10 that of external samples, of f and g on average. The
+curated arms leave out what the score stage and `select.max_mismatch_rate` find in all training
+samples.
 
 Each model is a file in WORK, so that a run that was stopped goes on. Prints one JSON line;
 `--table` prints the same for people to read.
@@ -16,7 +18,7 @@ References: Wang et al., MultiMem (arXiv:2606.22220) and CLIPMem (arXiv:2502.078
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
@@ -25,6 +27,8 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from open_clip.model import CLIP
 from PIL import Image
@@ -34,12 +38,14 @@ from benchmarks.corpora import DEFAULT_CACHE
 from benchmarks.emoji import EMOJI_VENDORS, emoji_captions, read_emoji
 from benchmarks.memorization import mean_of, rare_rows
 from benchmarks.noise import plant
-from benchmarks.signature import Samples, embed
+from benchmarks.parts import find_titles, split_parts
+from benchmarks.signature import IMAGE_PX, Samples, embed, join_groups, read_pairs
 from benchmarks.signature_three import group_emoji, read_pixels
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, run_score
 from curate import storage
 from curate.audit import Embeddings, measure
 from curate.engine.workers import keep_freed_memory
+from curate.formats.pixels import read_square
 from curate.memorization.folds import hash_unit
 from curate.memorization.metrics import clipmem, multimem
 from curate.memorization.protocol import draw_sets, training_masks
@@ -62,7 +68,7 @@ from curate.stages.select import mismatch_limit
 
 Array = np.ndarray[Any, Any]
 
-SETTINGS = {"two": EMOJI_VENDORS[:1], "three": EMOJI_VENDORS}
+SETTINGS = {"two": EMOJI_VENDORS[:1], "three": EMOJI_VENDORS, "run": ("picture",)}
 _NAME = "name"
 _RAW = "raw"
 _PX = 32
@@ -182,12 +188,37 @@ def read_data(cache: Path) -> Data:
     return make_data(pixels, captions, group_emoji(emoji, pixels), uids, vectors)
 
 
+def read_run(out: Path, limit: int) -> Data:
+    """Read so many pairs of a finished run, the first by hash."""
+    table = read_pairs(out, limit)
+    uids, captions, clusters = (table[n].to_pylist() for n in ("uid", "caption", "cluster_id"))
+    (folder,) = (out / "stages").glob("embed.vectors-*")
+    vectors = pq.read_table(folder / "shards", columns=["uid", "image_emb", "text_emb"])
+    place = {uid: row for row, uid in enumerate(vectors["uid"].to_pylist())}
+    vectors = vectors.take(pa.array([place[uid] for uid in uids])).combine_chunks()
+    sides = [storage.read_vectors(vectors[n])[0].astype("f4") for n in ("image_emb", "text_emb")]
+    pixels = np.stack([read_square(data, IMAGE_PX) for data in table["thumbnail"].to_pylist()])
+    said = [
+        tell_apart(caption, title)
+        for caption, title in zip(captions, find_titles(captions, clusters), strict=True)
+    ]
+    groups = join_groups([clusters, captions])
+    return make_data(pixels[None], said, groups, uids, (sides[0], sides[1]), SETTINGS["run"])
+
+
+def tell_apart(caption: str, title: str) -> list[str]:
+    """Return a caption, its title, and its other parts, as far as these differ."""
+    rest = " ".join(part for part in split_parts(caption) if part != title)
+    return list(dict.fromkeys(filter(None, (caption, title, rest))))
+
+
 def make_data(
     pixels: Array,
     captions: list[list[str]],
     groups: list[str],
     uids: list[str],
     vectors: tuple[Array, Array],
+    pictures: Sequence[str] = EMOJI_VENDORS,
 ) -> Data:
     """Tokenize captions and shrink pictures, (I, N, 3, S, S) uint8.
 
@@ -197,9 +228,11 @@ def make_data(
         The name first.
     vectors : ((N, D) float32, (N, E) float32)
         Of the first pictures and the names.
+    pictures : sequence of str, length I
+        Names of these modalities.
     """
     names, spelt, alike = map(np.array, ([part[0] for part in captions], uids, groups))
-    plain = np.full(len(uids), "emoji")
+    plain = np.full(len(uids), "clean")
     corpus = Corpus(spelt, names, alike, plain, alike, plain, plain, *vectors, Path("none"))
     tokens = tokenize([caption for part in captions for caption in part])
     words = choose_words(Counter(tokens.ravel().tolist()))
@@ -207,7 +240,7 @@ def make_data(
     folded = [list(part) for part in np.split(fold_tokens(tokens, words), ends)]
     sizes = (*pixels.shape[:2], 3, _PX, pixels.shape[3] // _PX, _PX, pixels.shape[4] // _PX)
     small = pixels.reshape(sizes).mean((4, 6)).round().astype(np.uint8)
-    return Data([*EMOJI_VENDORS, _NAME], small, folded, len(words), corpus, rare_rows(corpus))
+    return Data([*pictures, _NAME], small, folded, len(words), corpus, rare_rows(corpus))
 
 
 def cut_modalities(data: Data, setting: str) -> Data:
@@ -494,6 +527,8 @@ def write_table(summary: dict[str, Any]) -> str:
     show_default=True,
     help="Of a model on all its samples, of two and of three modalities.",
 )
+@click.option("--run", "out", type=click.Path(exists=True, path_type=Path), help="A finished run.")
+@click.option("--limit", default=2000, show_default=True, help="Pairs of the run.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--table", is_flag=True, help="Print tables instead of one JSON line.")
 def main(
@@ -501,6 +536,8 @@ def main(
     cache: Path,
     arms: tuple[tuple[str, str], ...],
     epochs: tuple[int, int],
+    out: Path | None,
+    limit: int,
     seeds: tuple[int, ...],
     table: bool,
 ) -> None:
@@ -508,13 +545,16 @@ def main(
     keep_freed_memory()
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
-    data = read_data(cache.expanduser())
+    settings = [name for name in SETTINGS if (name == "run") == (out is not None)]
+    if any(setting not in settings for setting, _ in arms):
+        raise click.UsageError("--arm run goes with --run, and no other setting does.")
+    data = read_data(cache.expanduser()) if out is None else read_run(out, limit)
     results: dict[str, dict[tuple[int, str], dict[str, float]]] = {}
     curation = {}
     for seed in seeds:
-        bench = Bench(data, seed, dict(zip(SETTINGS, epochs, strict=True)), work)
+        bench = Bench(data, seed, {"two": epochs[0], "three": epochs[1], "run": epochs[0]}, work)
         curation[seed] = bench.curation()
-        for setting, name in arms or product(SETTINGS, ARMS):
+        for setting, name in arms or product(settings, ARMS):
             models = bench.embeddings(setting, name, ARMS[name])
             results.setdefault(setting, {})[seed, name] = bench.judge(models)
     summary = {setting: summarize(found) for setting, found in results.items()}

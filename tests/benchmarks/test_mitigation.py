@@ -23,6 +23,7 @@ from benchmarks.mitigation import (
     make_data,
     score_rows,
     summarize,
+    tell_apart,
     train,
 )
 from benchmarks.signature import IMAGE_PX
@@ -86,6 +87,13 @@ def test_swapped_rows_have_all_captions_of_their_donor(data: Data, bench: Bench)
     assert seen == {caption.tobytes() for caption in data.captions[bench.donors[row]]}
 
 
+def test_captions_of_a_run_are_the_whole_its_title_and_the_rest() -> None:
+    assert tell_apart("Lemon. fruit, yellow", "Lemon") == [
+        "Lemon. fruit, yellow", "Lemon", "fruit yellow",
+    ]  # fmt: skip
+    assert tell_apart("Lemon", "Lemon") == ["Lemon"]
+
+
 def test_noise_goes_where_the_arm_says() -> None:
     names = ["first", "second", "name"]
     assert ARMS["raw"].sigmas(names) == dict.fromkeys(names, 0.0)
@@ -137,6 +145,12 @@ def test_arms_of_one_piece_run_from_end_to_end(
         names = [f"two-6-{arm.replace(' ', '_')}-0-{model}.npy" for arm in arms]
         vectors = [storage.read_array(str(tmp_path / name)) for name in names]
         assert not any(np.array_equal(*both) for both in combinations(vectors, 2))
+
+
+def test_settings_of_a_run_go_with_a_run(tmp_path: Path) -> None:
+    done = CliRunner().invoke(mitigation.main, [str(tmp_path), "--arm", "run", "raw"])
+    assert done.exit_code == 2
+    assert "--arm run goes with --run" in done.output
 
 
 def test_targets_are_chosen_by_the_model_alone(data: Data, bench: Bench) -> None:
