@@ -167,30 +167,36 @@ def compare(
         return Difference(mean, math.nan, count, 1.0)
     if not any(row.any() for row in rows):  # one training under two names
         return Difference(0.0, 0.0, count, float(fewest - 1))
-    if apart:
-        pairs = sum(row.var(ddof=1) / len(row) for row in rows) / count**2
-        terms = [(pairs, sum(map(len, rows)) - count)]
-    else:
-        terms = [(np.mean(rows, axis=0).var(ddof=1) / fewest, fewest - 1)]
-    if noise is not None:
-        terms.append((2 * noise.variance / count, noise.freedom))
-    elif count > 1:
-        terms.append((means.var(ddof=1) / count, count - 1))
-    if count > 1:
-        # Means by seed hold a part of what varies with pairs, which is in the first term: once too
-        # often.
-        if not apart:
-            twice = _interaction(np.stack(rows)) / count / fewest
-            freedom = (count - 1) * (fewest - 1)
-        elif noise is not None:
-            twice, freedom = 2 * noise.by_pairs / count, terms[0][1]
-        else:
-            twice, freedom = terms[0]
-        terms.append((-twice, freedom))
+    terms = _variance_terms(rows, noise, apart)
     variance = max(sum(value for value, _ in terms), terms[0][0])
     spread = sum(value**2 / freedom for value, freedom in terms)
     known = max(1.0, variance**2 / spread) if spread > 0 else float(terms[0][1])
     return Difference(mean, math.sqrt(variance), count, float(known))
+
+
+def _variance_terms(
+    rows: list[Array], noise: SeedNoise | None, apart: bool
+) -> list[tuple[float, int]]:
+    """What a mean's variance is the sum of, with degrees of freedom; that by pairs is the first."""
+    count, fewest, total = len(rows), min(map(len, rows)), sum(map(len, rows))
+    if apart:
+        by_pairs = sum(row.var(ddof=1) / len(row) for row in rows) / count**2, total - count
+    else:
+        by_pairs = np.mean(rows, axis=0).var(ddof=1) / fewest, fewest - 1
+    if noise is not None:
+        by_seeds = 2 * noise.variance / count, noise.freedom
+    elif count > 1:
+        by_seeds = np.var([row.mean() for row in rows], ddof=1) / count, count - 1
+    else:
+        return [by_pairs]
+    # Means by seed hold a part of what varies with pairs: once too often.
+    if not apart:
+        twice = _interaction(np.stack(rows)) / total, max(1, count - 1) * (fewest - 1)
+    elif noise is not None:
+        twice = 2 * noise.by_pairs / count, by_pairs[1]
+    else:
+        twice = by_pairs
+    return [by_pairs, by_seeds, (-twice[0], twice[1])]
 
 
 def is_loser(scores: Mapping[str, Scores], name: str, loosest: str, apart: bool = False) -> bool:
