@@ -54,6 +54,10 @@ def refusal(name: str, settings: tuple[tuple[str, str, Any], ...] = ()) -> str:
         ("ingest: {format: zip}", ["ingest.format", "'webdataset'", "got 'zip'"]),
         ("ingest: {}\nembed: {encoder: clip}", ["embed.encoder", "open_clip:MODEL/PRETRAINED"]),
         (
+            "ingest: {}\nembed: {}\ndedup: {}\nscore: {clip_proxies: 3}",
+            ["score.clip_proxies must be even, as", "got 3"],
+        ),
+        (
             "ingest: {}\nembed: {}\nselect: {keep_fraction: {column: width, fraction: 3}}",
             ["select.keep_fraction.fraction", "got 3"],
         ),

@@ -93,7 +93,7 @@ class Score(Stage):
     @classmethod
     def _check_proxies(cls, value: int) -> int:
         if value % 2:
-            raise ValueError("must be even: proxies come in complementary pairs")
+            raise ValueError(f"even, as proxies come in complementary pairs; got {value}")
         return value
 
     def reads(self) -> tuple[str, ...]:
