@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, zip_longest
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from curate.memorization.protocol import SETS, draw_sets, summarize, training_ma
 from curate.models.clip_proxy import (
     ClipShape,
     choose_words,
-    embed_view,
+    embed_images,
+    embed_texts,
     fold_tokens,
     tokenize,
 )
@@ -111,19 +112,12 @@ def join_groups(
 
 
 def embed(model: CLIP, samples: Samples, views: int, dtype: str) -> list[Array]:
-    """Return every modality's unit vectors: (views, N, D) float32 of pictures, (N, D) of captions.
-
-    Towers take pictures and captions together, so that of the scarcer kind the first is repeated.
-    """
-    images: list[Array] = []
-    texts: list[Array] = []
-    for pixels, tokens in zip_longest(samples.pixels, samples.tokens):
-        whole = samples.pixels[0] if pixels is None else pixels
-        words = samples.tokens[0] if tokens is None else tokens
-        found = [embed_view(model, whole, words, view, dtype) for view in range(views)]
-        images.append(np.stack([image for image, _ in found]))
-        texts.append(found[0][1])
-    return images[: len(samples.pixels)] + texts[: len(samples.tokens)]
+    """Return unit vectors of every modality: pictures (views, N, D), captions (N, D) float32."""
+    images = [
+        np.stack([embed_images(model, pixels, view, dtype) for view in range(views)])
+        for pixels in samples.pixels
+    ]
+    return images + [embed_texts(model, tokens, dtype) for tokens in samples.tokens]
 
 
 def judge(samples: Samples, recipe: ClipRecipe, views: int, seed: int) -> dict[str, Any]:

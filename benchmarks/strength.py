@@ -28,7 +28,7 @@ from benchmarks.tradeoff import find_words, make_data, read_pixels
 from benchmarks.trial import Corpus, read_corpus
 from curate.engine.workers import keep_freed_memory
 from curate.memorization.folds import hash_unit
-from curate.models.clip_proxy import ClipShape, embed_view
+from curate.models.clip_proxy import ClipShape, embed_views
 from curate.models.precision import pick_device, pick_dtype
 from curate.models.train_clip import ClipRecipe, train_clip
 from curate.stages.score import Score
@@ -55,7 +55,8 @@ def train_encoder(out: Path, corpus: Corpus, epochs: int, seed: int) -> Encode:
 
     def encode(pairs: Corpus) -> Corpus:
         seen = make_data(pairs, read_pixels(out, pairs.uids, shape.image_px), words)
-        return pairs.with_vectors(*embed_view(model, seen.pixels, seen.tokens, 0, recipe.dtype))
+        image, text, _ = embed_views(model, seen.pixels, seen.tokens, 1, recipe.dtype)
+        return pairs.with_vectors(image, text)
 
     return encode
 

@@ -34,7 +34,8 @@ from curate.memorization.verdict import measure_memorization
 from curate.models.clip_proxy import (
     ClipShape,
     choose_words,
-    embed_view,
+    embed_texts,
+    embed_views,
     fold_tokens,
     tokenize,
 )
@@ -152,8 +153,8 @@ class Bench:
         )
         spoken = fold_tokens(tokenize(spell_categories(self.trial.held)[1]), self.words)
         pixels, tokens, kind = self.held.pixels, self.held.tokens, self.recipe.dtype
-        image, text = embed_view(trained.model, pixels, tokens, 0, kind)
-        named = embed_view(trained.model, pixels[: len(spoken)], spoken, 0, kind)[1]
+        image, text, _ = embed_views(trained.model, pixels, tokens, 1, kind)
+        named = embed_texts(trained.model, spoken, kind)
         figures = judge_vectors(image, text, named, self.trial.held, self.trial.held_rare)
         planted = float(self.trial.planting.planted[rows].mean())
         return {**figures, "planted": planted, "loss": trained.losses[-1]}

@@ -312,7 +312,7 @@ def _train_clip(
     seed: int,
     budget: Budget,
 ) -> Judged:
-    from curate.models.clip_proxy import ClipShape, embed_view
+    from curate.models.clip_proxy import ClipShape, embed_texts, embed_views
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device, pick_dtype
     from curate.models.train_clip import ClipRecipe, train_clip
@@ -327,12 +327,10 @@ def _train_clip(
         disturb=_disturb(mitigation, shape.words),
     )  # fmt: skip
     with torch_threads(1):
-        image, text = embed_view(trained.model, pixels[held], tokens[held], 0, recipe.dtype)
+        image, text, _ = embed_views(trained.model, pixels[held], tokens[held], 1, recipe.dtype)
         named = None
         if "names" in arrays:
-            spoken = np.array(arrays["names"])
-            blank = np.zeros((len(spoken), *pixels.shape[1:]), np.uint8)
-            named = embed_view(trained.model, blank, spoken, 0, recipe.dtype)[1]
+            named = embed_texts(trained.model, np.array(arrays["names"]), recipe.dtype)
     return image, text, named, trained.losses
 
 

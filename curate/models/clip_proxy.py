@@ -6,6 +6,7 @@ to the set's own words. Nothing in it has seen a picture or a caption before.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,7 +27,8 @@ __all__ = [
     "GroupedClipLoss",
     "build_clip",
     "choose_words",
-    "embed_view",
+    "embed_images",
+    "embed_texts",
     "embed_views",
     "encode",
     "fold_tokens",
@@ -195,49 +197,81 @@ def encode(model: CLIP, pixels: Tensor, tokens: Tensor, dtype: str) -> tuple[Ten
     dtype : str
         "float32" or "bfloat16".
     """
-    lowered = torch.autocast(
-        pixels.device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32"
-    )
-    with lowered:
+    with _lowered(pixels.device, dtype):
         image, text = model.encode_image(pixels), model.encode_text(tokens)
-    # Norms, cosines and the loss are taken in float32 whatever the towers ran in.
-    image, text = (torch.nn.functional.normalize(side.float(), dim=-1) for side in (image, text))
-    return image, text
+    return _unit(image), _unit(text)
 
 
-def embed_view(
-    model: CLIP, pixels: Array, tokens: Array, view: int, dtype: str
-) -> tuple[Array, Array]:
-    """Put pairs into a proxy's joint space, the images seen in one view.
+def _lowered(device: torch.device, dtype: str) -> Any:
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def _unit(side: Tensor) -> Tensor:
+    """Norms, cosines and the loss are taken in float32 whatever the towers ran in."""
+    return torch.nn.functional.normalize(side.float(), dim=-1)
+
+
+def embed_images(model: CLIP, pixels: Array, view: int, dtype: str) -> Array:
+    """Put pictures into a proxy's joint space, seen in one view.
 
     Parameters
     ----------
     model : CLIP
         In evaluation mode.
     pixels : (N, 3, S, S) uint8
-    tokens : (N, CONTEXT) int64
     view : int
         Below `MAX_VIEWS`; 0 is the whole picture.
     dtype : str
+        See `encode`.
 
     Returns
     -------
-    image, text : (N, width) float32, unit norm
+    (N, width) float32, unit norm
     """
-    width = model.text_projection.shape[1]
-    image, text = (np.empty((len(pixels), width), np.float32) for _ in range(2))
+
+    def encode_part(part: Tensor) -> Tensor:
+        seen = normalise_pixels(_crop(part.float(), *_VIEWS[view]))
+        with _lowered(seen.device, dtype):
+            return model.encode_image(seen)
+
+    return _by_batches(model, encode_part, pixels)
+
+
+def embed_texts(model: CLIP, tokens: Array, dtype: str) -> Array:
+    """Put captions into a proxy's joint space.
+
+    Parameters
+    ----------
+    model : CLIP
+        In evaluation mode.
+    tokens : (N, CONTEXT) int64
+        See `fold_tokens`.
+    dtype : str
+        See `encode`.
+
+    Returns
+    -------
+    (N, width) float32, unit norm
+    """
+
+    def encode_part(part: Tensor) -> Tensor:
+        with _lowered(part.device, dtype):
+            return model.encode_text(part)
+
+    return _by_batches(model, encode_part, tokens)
+
+
+def _by_batches(model: CLIP, encode_part: Callable[[Tensor], Tensor], values: Array) -> Array:
+    found = np.empty((len(values), model.text_projection.shape[1]), np.float32)
     device = next(model.parameters()).device
     batch = _BATCHES[device.type]
-    for start in range(0, len(pixels), batch):
-        rows = np.minimum(np.arange(start, start + batch), len(pixels) - 1)
-        count = min(batch, len(pixels) - start)
-        whole = torch.from_numpy(pixels[rows]).to(device).float()
-        ids = torch.from_numpy(tokens[rows]).to(device)
+    for start in range(0, len(values), batch):
+        rows = np.minimum(np.arange(start, start + batch), len(values) - 1)
+        part = torch.from_numpy(values[rows]).to(device)
         with torch.inference_mode():
-            sides = encode(model, normalise_pixels(_crop(whole, *_VIEWS[view])), ids, dtype)
-        for result, side in zip((image, text), sides, strict=True):
-            result[start : start + count] = side.cpu().numpy()[:count]
-    return image, text
+            encoded = _unit(encode_part(part))
+        found[start : start + batch] = encoded.cpu().numpy()[: len(values) - start]
+    return found
 
 
 def embed_views(
@@ -248,7 +282,7 @@ def embed_views(
     Parameters
     ----------
     model, pixels, tokens, dtype
-        See `embed_view`.
+        See `embed_images` and `embed_texts`.
     views : int
         K, from 1 to `MAX_VIEWS`.
 
@@ -260,10 +294,10 @@ def embed_views(
     alignment : (N,) float32, [-1, 1]
         Mean over views of the pair's cosine.
     """
-    image = np.zeros((len(pixels), model.text_projection.shape[1]), np.float32)
+    text = embed_texts(model, tokens, dtype)
+    image = np.zeros_like(text)
     for view in range(views):
-        one, text = embed_view(model, pixels, tokens, view, dtype)
-        image += one / views
+        image += embed_images(model, pixels, view, dtype) / views
     return image, text, (image * text).sum(1)
 
 

@@ -20,7 +20,14 @@ from curate.errors import ConfigError
 from curate.memorization.company import adjust_values, fit_slopes, regression_sums
 from curate.memorization.folds import draw_halves
 from curate.models import train_clip
-from curate.models.clip_proxy import ClipShape, embed_view, embed_views, fold_tokens, load_clip
+from curate.models.clip_proxy import (
+    ClipShape,
+    embed_images,
+    embed_texts,
+    embed_views,
+    fold_tokens,
+    load_clip,
+)
 from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score import Score
@@ -115,8 +122,8 @@ def test_scores_are_those_of_the_definition_by_the_committed_proxies() -> None:
     for proxy, record in enumerate(room.stage.facts(room)["clips"]):
         model, held_out = _proxy(room, proxy, words)
         for view in range(2):
-            image, text = embed_view(model, pixels, tokens, view, record["dtype"])
-            u = image.astype(float) + text
+            image = embed_images(model, pixels, view, record["dtype"])
+            u = image.astype(float) + embed_texts(model, tokens, record["dtype"])
             values[:, proxy] += ((u * u).sum(1) - u @ held_out) / 2 / 2
     committed = storage.read_array(room.path("views", "00000.values.npy", table=MEMORIZATION))
     assert committed == pytest.approx(values, abs=1e-5)
