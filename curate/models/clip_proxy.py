@@ -1,8 +1,8 @@
 """The proxy trained end to end, whole: a small CLIP over thumbnails and tokens.
 
-open_clip's own model class and loss, at a size that trains some 500 pairs a second on one core: a
-residual tower of one block per stage and a two-layer text transformer, over a vocabulary cut down
-to the set's own words. Nothing in it has seen a picture or a caption before.
+open_clip's own model class and loss, at a size that trains hundreds of pairs a second on one core:
+a residual tower of one block per stage and a text transformer of a layer or two, over a vocabulary
+cut down to the set's own words. Nothing in it has seen a picture or a caption before.
 """
 
 from collections import Counter
