@@ -24,8 +24,8 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.reliability import FEW, Data, heads_fit, random_halves, read_data
-from curate.memorization.folds import draw_masks
+from benchmarks.reliability import FEW, Data, heads_fit, read_data
+from curate.memorization.folds import draw_halves, draw_masks
 
 Array = np.ndarray[Any, Any]
 
@@ -114,7 +114,7 @@ def _swap(data: Data, share: float) -> tuple[Data, Array]:
 def _find_swaps(data: Data, share: float, proxies: int, counts: tuple[int, ...]) -> dict[str, Any]:
     """Train heads on pairs with swaps; AUROC of low left-out fit, low influence, both."""
     data, swapped = _swap(data, share)
-    masks = random_halves(data.clusters, proxies // 2)
+    masks = draw_halves(data.clusters, proxies, 0)
     fit = heads_fit(data)
     values = np.stack([fit(masks[:, proxy], proxy) for proxy in range(proxies)], axis=1)
     left_out = _mean(np.where(masks, np.nan, values))
@@ -153,7 +153,7 @@ def main(
         report |= _find_swaps(data, swaps, proxies, neighbours)
         click.echo(json.dumps(report))
         return
-    masks = random_halves(data.clusters, proxies // 2)
+    masks = draw_halves(data.clusters, proxies, 0)
     few = draw_masks(data.clusters, FEW, 0)
     values, of_few = (
         np.stack([np.load(work / f"{name}-{proxy}.npy") for proxy in range(count)], axis=1)

@@ -27,8 +27,6 @@ from typing import Any
 
 import click
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from open_clip.model import CLIP
 from PIL import Image
@@ -39,7 +37,14 @@ from benchmarks.emoji import EMOJI_VENDORS, emoji_captions, read_emoji
 from benchmarks.memorization import mean_of, rare_rows
 from benchmarks.noise import plant
 from benchmarks.parts import find_titles, split_parts
-from benchmarks.signature import IMAGE_PX, Samples, embed, join_groups, read_pairs
+from benchmarks.signature import (
+    IMAGE_PX,
+    Samples,
+    embed,
+    join_groups,
+    read_pair_vectors,
+    read_pairs,
+)
 from benchmarks.signature_three import group_emoji, read_pixels
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, run_score
 from curate import storage
@@ -192,18 +197,13 @@ def read_run(out: Path, limit: int) -> Data:
     """Read so many pairs of a finished run, the first by hash."""
     table = read_pairs(out, limit)
     uids, captions, clusters = (table[n].to_pylist() for n in ("uid", "caption", "cluster_id"))
-    (folder,) = (out / "stages").glob("embed.vectors-*")
-    vectors = pq.read_table(folder / "shards", columns=["uid", "image_emb", "text_emb"])
-    place = {uid: row for row, uid in enumerate(vectors["uid"].to_pylist())}
-    vectors = vectors.take(pa.array([place[uid] for uid in uids])).combine_chunks()
-    sides = [storage.read_vectors(vectors[n])[0].astype("f4") for n in ("image_emb", "text_emb")]
     pixels = np.stack([read_square(data, IMAGE_PX) for data in table["thumbnail"].to_pylist()])
     said = [
         tell_apart(caption, title)
         for caption, title in zip(captions, find_titles(captions, clusters), strict=True)
     ]
-    groups = join_groups([clusters, captions])
-    return make_data(pixels[None], said, groups, uids, (sides[0], sides[1]), SETTINGS["run"])
+    groups, vectors = join_groups([clusters, captions]), read_pair_vectors(out, uids)
+    return make_data(pixels[None], said, groups, uids, vectors, SETTINGS["run"])
 
 
 def tell_apart(caption: str, title: str) -> list[str]:

@@ -21,10 +21,9 @@ from typing import Any
 
 import click
 import numpy as np
-import pyarrow as pa
 from scipy.stats import spearmanr
 
-from benchmarks.signature import read_pairs
+from benchmarks.signature import read_pair_vectors, read_pairs
 from curate import storage
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import read_square
@@ -44,8 +43,7 @@ from curate.models.proxy import HeadsShape, embed_pairs
 from curate.models.train import Recipe, fit_front, train_heads
 from curate.models.train_clip import ClipRecipe, train_clip
 from curate.stages.score import Score
-from curate.stages.score_clips import CLIP_SHAPE, COMPANY_WIDTH
-from curate.stages.score_inputs import centre
+from curate.stages.score_clips import CLIP_SHAPE, place_pairs
 
 Array = np.ndarray[Any, Any]
 
@@ -112,13 +110,6 @@ class Design:
 def read_data(out: Path, limit: int) -> Data:
     """Read the first pairs by hash of a run that has vectors and thumbnails."""
     table = read_pairs(out, limit)
-    (folder,) = (out / "stages").glob("embed.vectors-*")
-    names = ["uid", "image_emb", "text_emb"]
-    shards = sorted((folder / "shards").glob("*.parquet"))
-    vectors = pa.concat_tables([storage.read_table(str(path), names) for path in shards])
-    place = {uid: row for row, uid in enumerate(vectors["uid"].to_pylist())}
-    rows = pa.array([place[uid] for uid in table["uid"].to_pylist()])
-    both = [storage.read_vectors(vectors.take(rows)[name])[0] for name in names[1:]]
     tokens = tokenize(table["caption"].to_pylist())
     words = choose_words(Counter(tokens.ravel().tolist()))
     return Data(
@@ -127,7 +118,7 @@ def read_data(out: Path, limit: int) -> Data:
         np.stack([read_square(data, _IMAGE_PX) for data in table["thumbnail"].to_pylist()]),
         fold_tokens(tokens, words),
         len(words),
-        (both[0].astype(np.float32), both[1].astype(np.float32)),
+        read_pair_vectors(out, table["uid"].to_pylist()),
     )
 
 
@@ -138,24 +129,14 @@ def shrink(data: Data, side_px: int) -> Data:
     return replace(data, pixels=parts.mean((3, 5)).round().astype(np.uint8))
 
 
-def adjust(data: Data, values: Array, masks: Array) -> Array:
-    """Take off what a proxy's company did by chance, as the stage does: (N, P) float64."""
-    sides = [centre(part, fit_front(part, COMPANY_WIDTH)) for part in data.vectors]
-    vectors, clusters = np.concatenate(sides, axis=1) / np.sqrt(2), data.codes[:, 0]
+def adjust(vectors: Array, clusters: Array, values: Array, masks: Array) -> Array:
+    """Take off what a proxy's company did by chance, as the stage does: (N, P) float64.
+
+    `vectors` (N, D) and `clusters` (N,) tell who is whose neighbour, see `Company`.
+    """
     shares = Company(vectors, clusters, masks).shares(vectors, clusters)
     slopes = fit_slopes(regression_sums(values, masks, shares))
     return adjust_values(values, masks, shares, slopes)
-
-
-def random_halves(clusters: list[str], pairs: int) -> Array:
-    """Draw complementary halves of the clusters, anew for every two proxies: (N, 2 * pairs)."""
-    names, places = np.unique(clusters, return_inverse=True)
-    masks = np.zeros((len(clusters), 2 * pairs), bool)
-    for pair in range(pairs):
-        drawn = hash_unit(names.tolist(), pair, "random halves")
-        masks[:, 2 * pair] = (drawn < np.median(drawn))[places]
-        masks[:, 2 * pair + 1] = ~masks[:, 2 * pair]
-    return masks
 
 
 def clip_fit(data: Data, shape: ClipShape, recipe: ClipRecipe, views: int) -> Any:
@@ -282,7 +263,7 @@ def main(
     small = shrink(data, CLIP_SHAPE["image_px"])
     stage = clip_fit(small, ClipShape(data.words, **CLIP_SHAPE), recipe, views)
     heads = heads_fit(data)
-    halves = random_halves(data.clusters, truth_proxies // 2)
+    halves = draw_halves(data.clusters, truth_proxies, 0)
     designs = [
         Design("few", draw_masks(data.clusters, FEW, 0), clip),
         Design("stage", draw_halves(data.clusters, Score().clip_proxies, 1), stage),
@@ -304,11 +285,13 @@ def main(
         "truth_proxies": truth_proxies,
         "truth": split_half(by_name["truth"], work),
     }
+    fronts = [fit_front(part, _FRONT_WIDTH) for part in data.vectors]
+    change = partial(adjust, place_pairs(*data.vectors, fronts), data.codes[:, 0])
     for name in ("few", "stage", "heads", "heads-truth"):
         design = by_name[name]
-        for label, change in ((name, None), (f"{name}, adjusted", partial(adjust, data))):
-            score, _ = load(design, work, change=change)
-            report[label] = {**compare(score, truth), **split_half(design, work, change)}
+        for label, way in ((name, None), (f"{name}, adjusted", change)):
+            score, _ = load(design, work, change=way)
+            report[label] = {**compare(score, truth), **split_half(design, work, way)}
     click.echo(json.dumps(report))
 
 

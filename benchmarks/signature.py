@@ -27,6 +27,7 @@ from open_clip.model import CLIP
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from curate import storage
 from curate.dedup.groups import equal_value_edges
 from curate.engine.workers import keep_freed_memory
 from curate.formats.pixels import read_square
@@ -96,6 +97,17 @@ def read_pairs(out: Path, limit: int) -> pa.Table:
         table = table.filter(pc.is_valid(table[column]))
     order = np.argsort(hash_unit(table["uid"].to_pylist(), 0, "signature"), kind="stable")
     return table.take(pa.array(order[:limit]))
+
+
+def read_pair_vectors(out: Path, uids: Sequence[str]) -> tuple[Array, Array]:
+    """Return a run's image and text vectors of samples: (N, D) and (N, E) float32."""
+    (folder,) = (out / "stages").glob("embed.vectors-*")
+    names = ["image_emb", "text_emb"]
+    table = pq.read_table(folder / "shards", columns=["uid", *names])
+    place = {uid: row for row, uid in enumerate(table["uid"].to_pylist())}
+    table = table.take(pa.array([place[uid] for uid in uids])).combine_chunks()
+    image, text = (storage.read_vectors(table[name])[0].astype(np.float32) for name in names)
+    return image, text
 
 
 def join_groups(

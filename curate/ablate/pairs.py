@@ -14,7 +14,14 @@ from curate.memorization.mismatch import normalise_caption
 from curate.memorization.rarity import RARE
 from curate.stages.base import Room
 
-__all__ = ["LEAST_HELD_OUT", "Pairs", "choose_pairs", "is_trainable", "rows_by_shard"]
+__all__ = [
+    "LEAST_HELD_OUT",
+    "Pairs",
+    "choose_pairs",
+    "held_places",
+    "is_trainable",
+    "rows_by_shard",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -63,7 +70,7 @@ class Pairs:
 
     def held(self, seed: int) -> Array:
         """Places of the pairs that judge a seed's students: (H,) int64, ascending."""
-        return np.flatnonzero(self.judges & ~self.trainable(seed))
+        return held_places(self.held_by, self.judges, seed)
 
     def trainable(self, seed: int) -> Array:
         """Whether a seed's students may train on a sample: (N,) bool."""
@@ -78,6 +85,11 @@ class Pairs:
 def is_trainable(held_by: Array, seed: int) -> Array:
     """Tell what a seed's students may train on: (N,) bool from (N,) int64, see `Pairs`."""
     return (held_by != seed) & (held_by != _EVERY)
+
+
+def held_places(held_by: Array, judges: Array, seed: int) -> Array:
+    """Return the places that judge a seed's students: (H,) int64, ascending; see `Pairs`."""
+    return np.flatnonzero(judges & ~is_trainable(held_by, seed))
 
 
 def choose_pairs(

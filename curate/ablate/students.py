@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import storage
-from curate.ablate.pairs import Pairs, is_trainable, rows_by_shard
+from curate.ablate.pairs import Pairs, held_places, is_trainable, rows_by_shard
 from curate.errors import MissingWeightsError
 from curate.formats.pixels import read_square
 from curate.memorization.retrieval import hits_at
@@ -286,7 +286,7 @@ def _fit_and_judge(
 ) -> dict[str, Any]:
     """Train on (T, 2) rows, whose picture and whose caption, and judge."""
     _, arrays = _open(folder)
-    held = np.flatnonzero(arrays["judges"] & ~is_trainable(arrays["held_by"], seed))
+    held = held_places(arrays["held_by"], arrays["judges"], seed)
     train = _train_heads if budget.model == "heads" else _train_clip
     image, text, named, losses = train(arrays, rows, held, mitigation, seed, budget)
     captions = arrays["codes"][held, 1]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from curate.memorization.blocks import exact_products
+from curate.memorization.folds import split_sides
 
 __all__ = ["COVARIATES", "Company", "adjust_values", "fit_slopes", "regression_sums"]
 
@@ -90,15 +91,8 @@ def regression_sums(values: Array, inside: Array, shares: Array) -> Array:
         For in- and for out-proxies products of deviations from a sample's mean on that side:
         shares with shares, and in the last column with values.
     """
-    return np.stack([_side_sums(*side) for side in _sides(values, inside, shares)])
-
-
-def _sides(values: Array, inside: Array, shares: Array) -> list[tuple[Array, Array]]:
-    half = (len(values), values.shape[1] // 2)
-    return [
-        (values[side].reshape(half), shares[side].reshape(*half, shares.shape[2]))
-        for side in (inside, ~inside)
-    ]
+    sides = zip(split_sides(values, inside), split_sides(shares, inside), strict=True)
+    return np.stack([_side_sums(*side) for side in sides])
 
 
 def _side_sums(values: Array, shares: Array) -> Array:

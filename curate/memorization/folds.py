@@ -203,17 +203,17 @@ def split_sides(values: Array, inside: Array) -> tuple[Array, Array]:
 
     Parameters
     ----------
-    values : (N, P) floating
+    values : (N, P) or (N, P, K) floating
     inside : (N, P) bool
         See `draw_masks` and `draw_halves`.
 
     Returns
     -------
-    within, without : (N, P / 2) floating
+    within, without : (N, P / 2) or (N, P / 2, K) floating
         Column by column from a pair of complementary proxies.
     """
     # Each pair of complements holds one proxy of either kind.
-    half = (len(values), values.shape[1] // 2)
+    half = (len(values), values.shape[1] // 2, *values.shape[2:])
     return values[inside].reshape(half), values[~inside].reshape(half)
 
 

@@ -1,6 +1,7 @@
 """The steps of `score` that train small CLIPs end to end and measure memorization by them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from curate.memorization.verdict import coherence, measure_memorization, tell_ki
 from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score_inputs import (
-    Samples,
     centre,
     read_plan,
     read_reference,
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLIP_SHAPE",
-    "COMPANY_WIDTH",
     "MEMORIZATION",
     "collect_pairs",
     "fold_vocabulary",
+    "place_pairs",
     "summarize_clips",
     "train_clip_proxy",
     "view_shard",
@@ -52,7 +52,7 @@ _COLUMNS = ("memorization_score", "memorization_score_stderr", "memorization_kin
 CLIP_SHAPE = {"image_px": 32, "text_width": 64, "text_layers": 1}
 #: Directions of either modality by which a sample's neighbours are found; twice as many find none
 #: that matter more.
-COMPANY_WIDTH = 64
+_COMPANY_WIDTH = 64
 
 #: Left-out samples that give a proxy's mean held-out embedding and its retrieval figure.
 _HELD_OUT = 1000
@@ -79,12 +79,15 @@ def _read_pairs(room: Room, shard: str, rows: Array) -> tuple[Array, Array, Arra
 
 def collect_pairs(room: Room, task: str) -> dict[str, float]:
     """Commit pixels, tokens, vectors and keys of the samples that proxies may train on."""
-    samples, trained = _trained_samples(room, task)
+    samples = read_samples(room, task)
+    clusters = trained_clusters(samples.clusters, read_plan(room), score_stage(room).seed)
+    trained = np.flatnonzero(samples.usable & clusters)
     pixels, tokens, rows = _read_pairs(room, task, trained)
     chosen = samples.take(rows)
+    vectors = place_pairs(chosen.image, chosen.text, read_reference(room).fronts)
     storage.commit_array(_path(room, "pairs", f"{task}.pixels.npy"), pixels)
     storage.commit_array(_path(room, "pairs", f"{task}.tokens.npy"), tokens)
-    storage.commit_array(_path(room, "pairs", f"{task}.vectors.npy"), _place(room, chosen))
+    storage.commit_array(_path(room, "pairs", f"{task}.vectors.npy"), vectors)
     keys = {
         "uid": pa.array(chosen.uids, pa.string()),
         "cluster": pa.array(chosen.clusters, pa.string()),
@@ -95,19 +98,22 @@ def collect_pairs(room: Room, task: str) -> dict[str, float]:
     return {"samples": len(rows)}
 
 
-def _trained_samples(room: Room, shard: str) -> tuple[Samples, Array]:
-    """A shard, and which of its rows proxies may train on: (M,) int64."""
-    samples = read_samples(room, shard)
-    clusters = trained_clusters(samples.clusters, read_plan(room), score_stage(room).seed)
-    return samples, np.flatnonzero(samples.usable & clusters)
+def place_pairs(image: Array, text: Array, fronts: Sequence[tuple[Array, Array]]) -> Array:
+    """Put image and caption side by side, in the directions that tell neighbours.
 
+    Parameters
+    ----------
+    image, text : (N, D), (N, E) floating
+    fronts : pair of (mean, directions)
+        See `fit_front`, of at least as many directions.
 
-def _place(room: Room, samples: Samples) -> Array:
-    """Image and caption side by side, of unit norm together: (N, D) float32."""
-    fronts = [(mean, front[:, :COMPANY_WIDTH]) for mean, front in read_reference(room).fronts]
+    Returns
+    -------
+    (N, 2 F) float32, unit norm
+    """
     sides = [
-        centre(part, front)
-        for part, front in zip((samples.image, samples.text), fronts, strict=True)
+        centre(part, (mean, directions[:, :_COMPANY_WIDTH]))
+        for part, (mean, directions) in zip((image, text), fronts, strict=True)
     ]
     return np.concatenate(sides, axis=1) / np.float32(np.sqrt(2))
 

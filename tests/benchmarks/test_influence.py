@@ -3,13 +3,13 @@
 import numpy as np
 
 from benchmarks.influence import measure_influence
-from benchmarks.reliability import random_halves
+from curate.memorization.folds import draw_halves
 
 
 def test_influence_is_told_from_noise() -> None:
     rng = np.random.default_rng(0)
     count, proxies = 60, 32
-    masks = random_halves([str(row) for row in range(count)], proxies // 2)
+    masks = draw_halves([str(row) for row in range(count)], proxies, 0)
     others = (np.arange(count)[:, None] + [1, 2]) % count
     # The fit of each depends on whether the one before it was trained on, by a size of its own, and
     # far more on whether it was itself, which must not count.
