@@ -5,7 +5,7 @@ start is most of the result, and on thousands it saves most of the epochs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curate.models.encoders import torch_threads
 from curate.models.proxy import Heads, HeadsShape, chance_loss, contrastive_loss
-from curate.models.steps import Step, eager_step
+from curate.models.steps import EagerSteps, Steps, finish
 
 __all__ = [
     "RETRIES",
@@ -264,32 +264,31 @@ def _fit(
             heads.train()
 
     heads.train()
-    step = eager_step(optimiser, loss_of)
-    return fit_contrastive(step, groups, recipe.epochs, recipe.batch, after_epoch=shown)
+    steps = EagerSteps(optimiser, loss_of)
+    return finish(fit_contrastive(steps, groups, recipe.epochs, recipe.batch, after_epoch=shown))
 
 
 def fit_contrastive(
-    step: Step,
+    steps: Steps,
     groups: Array,
     epochs: int,
     batch: int,
     ask: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda *batch: batch,
     after_epoch: Callable[[], None] | None = None,
     rows: Array | None = None,
-) -> list[float]:
-    """Take the steps of a contrastive training.
+) -> Generator[None, None, list[float]]:
+    """Take the steps of a contrastive training, with a yield after each.
 
     Parameters
     ----------
-    step : callable
-        See `curate.models.steps`.
+    steps : Steps
     groups : (N, G) int64
         Rows that share an entry of any column are not each other's negatives.
     epochs : int
     batch : int
         Pairs per step, at most a quarter of the data.
     ask : callable, optional
-        What `step` is given of a batch, of its rows (B,) int64 and of the pairs among them that are
+        What a step is given of a batch, of its rows (B,) int64 and of the pairs among them that are
         alike, (B, B) bool; else these.
     after_epoch : callable, optional
     rows : (T,) int64, optional
@@ -303,24 +302,22 @@ def fit_contrastive(
     """
     count = len(groups) if rows is None else len(rows)
     batch = min(batch, max(2, count // 4))
-    steps = count // batch
-    if steps == 0:
+    per_epoch = count // batch
+    if per_epoch == 0:
         return []
-    total = steps * epochs
+    total = per_epoch * epochs
     kinds = torch.from_numpy(groups)
     losses: list[float] = []
     while len(losses) < epochs and (not losses or math.isfinite(losses[-1])):
         order = torch.randperm(count) if rows is None else torch.from_numpy(rows)
         chance = 0.0
-        total_loss = torch.zeros((), dtype=torch.float64)
-        for number in range(steps):
+        for number in range(per_epoch):
             chosen = order[number * batch : (number + 1) * batch]
             alike = (kinds[chosen, None] == kinds[None, chosen]).any(-1)
-            loss = step(ask(chosen, alike), _rate(len(losses) * steps + number, total))
-            # Left where it is: to ask a GPU for it is to wait until it has done all it was given.
-            total_loss = total_loss.to(loss.device) + loss
+            steps.take(ask(chosen, alike), _rate(len(losses) * per_epoch + number, total))
             chance += chance_loss(alike)
-        losses.append(total_loss.item() / max(chance, 1e-6))  # without any rivals both are 0
+            yield
+        losses.append(steps.total() / max(chance, 1e-6))  # without any rivals both are 0
         if after_epoch is not None:
             after_epoch()
     return losses

@@ -1,7 +1,7 @@
 """Trains a small CLIP end to end: deterministic for a seed, one thread and one device."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -20,10 +20,17 @@ from curate.models.clip_proxy import (
     normalise_pixels,
 )
 from curate.models.encoders import torch_threads
-from curate.models.steps import eager_step, graphed_step
+from curate.models.steps import EagerSteps, GraphedSteps, Steps, finish, finish_together
 from curate.models.train import RETRIES, fit_contrastive, has_learned
 
-__all__ = ["ClipRecipe", "ClipTraining", "Disturb", "augment_pixels", "train_clip"]
+__all__ = [
+    "ClipRecipe",
+    "ClipTraining",
+    "Disturb",
+    "augment_pixels",
+    "train_clip",
+    "train_clips",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -101,6 +108,9 @@ class ClipTraining:
     diverged: bool = False
 
 
+_Training = Generator[None, None, ClipTraining]
+
+
 def train_clip(
     shape: ClipShape,
     pixels: Array,
@@ -136,19 +146,63 @@ def train_clip(
     ClipTraining
         Trained on the mean of the contrastive losses of all pairs of modalities.
     """
+    training = _train(shape, pixels, tokens, groups, recipe, seed, device, rows, disturb)
+    with torch_threads(1):
+        return finish(training)
+
+
+def train_clips(
+    shape: ClipShape,
+    pixels: Array,
+    tokens: Array,
+    groups: Array,
+    recipe: ClipRecipe,
+    chosen: Sequence[tuple[Array, int]],
+    device: str,
+) -> list[ClipTraining]:
+    """Train several proxies at once, each on some of the samples as `train_clip` does it alone.
+
+    Parameters
+    ----------
+    shape, pixels, tokens, groups, recipe, device
+        See `train_clip`.
+    chosen : sequence of ((N,) bool, int)
+        What each trains on, and its seed.
+
+    Returns
+    -------
+    list of ClipTraining
+    """
+    trainings = [
+        _train(shape, pixels[inside], tokens[inside], groups[inside], recipe, seed, device)
+        for inside, seed in chosen
+    ]
+    with torch_threads(1):
+        return finish_together(trainings, device)
+
+
+def _train(
+    shape: ClipShape,
+    pixels: Array,
+    tokens: Array,
+    groups: Array,
+    recipe: ClipRecipe,
+    seed: int,
+    device: str,
+    rows: Array | None = None,
+    disturb: Disturb | None = None,
+) -> _Training:
     pixels = pixels if pixels.ndim == 5 else pixels[None]
     tokens = tokens if tokens.ndim == 3 else tokens[None]
-    disturb = disturb or Disturb()
-    with torch_threads(1):
-        for attempt in range(recipe.retries + 1):
-            torch.manual_seed(seed + attempt * 1_000_003)
-            model = build_clip(shape).to(device)
-            losses = _fit(model, pixels, tokens, groups, recipe, rows, disturb)
-            diverged = not has_learned(losses)
-            if not diverged:
-                break
-        if not all(map(math.isfinite, losses)):
-            model = build_clip(shape).to(device)
+    for attempt in range(recipe.retries + 1):
+        torch.manual_seed(seed + attempt * 1_000_003)
+        model = build_clip(shape).to(device)
+        losses = yield from _fit(model, pixels, tokens, groups, recipe, rows, disturb or Disturb())
+        diverged = not has_learned(losses)
+        if not diverged:
+            break
+    if not all(map(math.isfinite, losses)):
+        model = build_clip(shape).to(device)
     finite = [loss for loss in losses if math.isfinite(loss)]
     return ClipTraining(model.eval().requires_grad_(False), finite, attempt, diverged)
 
@@ -161,7 +215,7 @@ def _fit(
     recipe: ClipRecipe,
     rows: Array | None,
     disturb: Disturb,
-) -> list[float]:
+) -> Generator[None, None, list[float]]:
     """Train in place on (I, N, 3, S, S) and (T, N, CONTEXT); see `fit_contrastive`."""
     # Of pairs, a step is told the places; of samples, which they are.
     whose = None
@@ -202,8 +256,10 @@ def _fit(
     model.train()
     # What disturbs a step may draw, which a graph would not do anew.
     graphed = on_gpu and disturb == Disturb()
-    step = graphed_step(model, optimiser, loss_of) if graphed else eager_step(optimiser, loss_of)
-    losses = fit_contrastive(step, groups, recipe.epochs, recipe.batch, ask, rows=rows)
+    steps: Steps = (
+        GraphedSteps(model, optimiser, loss_of) if graphed else EagerSteps(optimiser, loss_of)
+    )
+    losses = yield from fit_contrastive(steps, groups, recipe.epochs, recipe.batch, ask, rows=rows)
     _limit_scale(model)
     return losses
 

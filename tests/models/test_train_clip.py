@@ -10,7 +10,7 @@ from curate.models import train_clip as module
 from curate.models.clip_proxy import CONTEXT, ClipShape, embed_views, load_clip
 from curate.models.encoders import torch_threads
 from curate.models.train import RETRIES
-from curate.models.train_clip import ClipRecipe, ClipTraining, Disturb, train_clip
+from curate.models.train_clip import ClipRecipe, ClipTraining, Disturb, train_clip, train_clips
 from curate.models.weights import dump_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +70,30 @@ def test_training_repeats_itself_whatever_the_threads() -> None:
     assert dump_weights(first.model) == dump_weights(second.model)
     assert first.losses == second.losses
     assert dump_weights(first.model) != dump_weights(other.model)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
+def test_several_trained_at_once_are_as_each_alone(device: str) -> None:
+    values, recipe = _squares(192), ClipRecipe(epochs=3, batch=16, dtype="float32")
+    # Of different lengths, so that they end one after the other.
+    chosen = [(np.arange(192) % count > 0, seed) for seed, count in enumerate((2, 2, 3, 5))]
+    together = train_clips(SHAPE, *values, recipe, chosen, device)
+    for (inside, seed), found in zip(chosen, together, strict=True):
+        part = (one[inside] for one in values)
+        alone = train_clip(SHAPE, *part, recipe, seed, device)
+        if device == "cpu":
+            assert dump_weights(found.model) == dump_weights(alone.model)
+        # A GPU adds up in no order.
+        assert found.losses == pytest.approx(alone.losses, rel=0 if device == "cpu" else 0.02)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -170,7 +194,8 @@ def test_one_that_diverges_once_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     def fail_once(*arguments):
         calls.append(1)
-        return [float("nan")] if len(calls) == 1 else [*whole(*arguments), 0.5]
+        losses = yield from whole(*arguments)
+        return [float("nan")] if len(calls) == 1 else [*losses, 0.5]
 
     monkeypatch.setattr(module, "_fit", fail_once)
     training = _train(16)
