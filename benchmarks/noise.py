@@ -7,7 +7,8 @@ pairs from the rest, how many of either it puts above one half, and how well low
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from benchmarks.parts import split_parts
 from benchmarks.planting import CLEAN
 from benchmarks.titles import by_title
 from benchmarks.trial import Corpus, embed_captions, embed_pictures, read_corpus, run_score
+from curate.memorization.folds import hash_unit
 from curate.memorization.mismatch import normalise_caption
 from curate.stages.score import Score
 from curate.stages.select import mismatch_limit
 
-__all__ = ["KINDS", "plant"]
+__all__ = ["KINDS", "plant", "translate"]
 
 Array = np.ndarray[Any, Any]
 
@@ -146,13 +148,46 @@ def _retitled(longest: int) -> Any:
     return spoil
 
 
+def _points(corpus: Corpus) -> Array:
+    """Which emoji each picture shows: (N,) str."""
+    return np.array([plain_code(Path(source).stem) for source in corpus.sources.tolist()])
+
+
+def translate(corpus: Corpus, languages: Sequence[str]) -> Corpus:
+    """Give emoji their names in one of several languages each, drawn by hash, evenly.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Of emoji with English names.
+    languages : sequence of str
+        Of `emoji_names`.
+
+    Returns
+    -------
+    Corpus
+        With `languages`; an emoji without a name in the one that was drawn has its own.
+    """
+    draws = hash_unit(corpus.uids.tolist(), 0, "language") * len(languages)
+    names = [emoji_names(DEFAULT_CACHE.expanduser(), language) for language in languages]
+    points, spoken = _points(corpus), np.full(len(corpus), "en", "U5")
+    given: dict[int, str] = {}
+    for row, place in enumerate(draws.astype(int).tolist()):
+        name = names[place].get(points[row])
+        if languages[place] != "en" and name:
+            given[row], spoken[row] = name, languages[place]
+    rows, captions = np.array(list(given), np.int64), list(given.values())
+    changed = corpus.with_captions(rows, np.array(captions), embed_captions(captions))
+    return replace(changed, languages=spoken)
+
+
 def _translated(swapped: bool) -> Any:
     """An emoji's own name, or another's, in another language."""
 
     def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
         cache = DEFAULT_CACHE.expanduser()
         names = [emoji_names(cache, language) for language in _LANGUAGES]
-        points = np.array([plain_code(Path(source).stem) for source in corpus.sources.tolist()])
+        points = _points(corpus)
         given: dict[int, str] = {}
         for row in rows.tolist():
             others = rng.permutation(rows)

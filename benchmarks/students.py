@@ -85,13 +85,15 @@ def judge_vectors(
     Returns
     -------
     dict
-        `all`, `rare`, `rest`: R@10, the mean of both ways; `zero_shot`: share of pictures
-        nearest to the name of their own category.
+        `all`, `rare`, `rest`: R@10, the mean of both ways, and likewise by language if the pairs
+        have any; `zero_shot`: share of pictures nearest to the name of their own category.
     """
     captions = np.array([normalise_caption(caption) for caption in held.captions.tolist()])
     hits = (hits_at(image, text, captions) + hits_at(text, image, captions).astype(float)) / 2
     chosen = spell_categories(held)[0][(image @ named.T).argmax(1)]
+    spoken = np.array([]) if held.languages is None else held.languages
     return {
+        **{str(language): float(hits[spoken == language].mean()) for language in np.unique(spoken)},
         "all": float(hits.mean()),
         "rare": float(hits[rare].mean()),
         "rest": float(hits[~rare].mean()),

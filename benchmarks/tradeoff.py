@@ -4,7 +4,8 @@ Plants swapped captions in a finished run's pairs, one of each cluster, and keep
 each score likes best. Small CLIPs are trained from first weights on what is kept, thumbnails and
 tokens, all with the same number of pairs seen, and judged on clusters held out before. Each student
 is a file in WORK, so that a run that was stopped goes on and `--part` shares the work among
-processes. Prints one JSON line; `--table` prints the same for people to read.
+processes. With `--language` emoji are named in several, and every figure is told for each besides.
+Prints one JSON line; `--table` prints the same for people to read.
 """
 
 import json
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.memorization import Trial, mean_of, set_up
 from benchmarks.methods import METHODS
-from benchmarks.noise import KINDS
+from benchmarks.noise import KINDS, translate
 from benchmarks.planting import CLEAN
 from benchmarks.reliability import Data, clip_fit
 from benchmarks.students import judge_vectors, spell_categories
@@ -156,8 +157,12 @@ class Bench:
         image, text, _ = embed_views(trained.model, pixels, tokens, 1, kind)
         named = embed_texts(trained.model, spoken, kind)
         figures = judge_vectors(image, text, named, self.trial.held, self.trial.held_rare)
-        planted = float(self.trial.planting.planted[rows].mean())
-        return {**figures, "planted": planted, "loss": trained.losses[-1]}
+        planted = self.trial.planting.planted
+        languages = self.trial.planting.corpus.languages
+        for language in np.unique(languages if languages is not None else []):
+            clean = ~planted & (languages == language)
+            figures[f"kept {language}"] = float(clean[rows].sum() / clean.sum())
+        return {**figures, "planted": float(planted[rows].mean()), "loss": trained.losses[-1]}
 
 
 def read_scores(bench: Bench, line: str, path: Path) -> Array:
@@ -176,15 +181,21 @@ def summarize(results: dict[tuple[int, str, float], dict[str, Any]]) -> dict[str
     dict
         Per figure `[mean, standard error]`; `gain`: in R@10 over training on everything, `behind`:
         to ours at the same share, both seed by seed; `rare_gain` as `gain`, on the rarest fifth.
+        Of languages R@10, `gain`, and `kept`: the share of their clean pairs.
     """
     found: dict[str, Any] = {}
     for line, kept in sorted({key[1:] for key in results}, key=lambda key: (-key[1], key[0])):
         rows = {seed: row for (seed, *rest), row in results.items() if rest == [line, kept]}
-        figures = {name: mean_of([row[name] for row in rows.values()]) for name in _FIGURES}
+        (first, *_) = rows.values()
+        figures = {
+            name: mean_of([row[name] for row in rows.values()]) for name in first if name != "loss"
+        }
+        languages = [name.removeprefix("kept ") for name in first if name.startswith("kept ")]
         for name, part, rival, sign in (
             ("gain", "all", (_EVERYTHING, 1.0), 1),
             ("rare_gain", "rare", (_EVERYTHING, 1.0), 1),
             ("behind", "all", ("ours", kept), -1),
+            *((f"gain {one}", one, (_EVERYTHING, 1.0), 1) for one in languages),
         ):
             both = [(row, results.get((seed, *rival))) for seed, row in rows.items()]
             differences = [sign * (row[part] - other[part]) for row, other in both if other]
@@ -194,12 +205,13 @@ def summarize(results: dict[tuple[int, str, float], dict[str, Any]]) -> dict[str
     return found
 
 
-_FIGURES = ("all", "rare", "rest", "zero_shot", "planted")
+_COLUMNS = ("all", "rare", "rest", "zero_shot", "planted", "gain", "rare_gain", "behind")
 
 
 def write_table(summary: dict[str, Any]) -> str:
     """Lay a summary out as a Markdown table."""
-    columns = (*_FIGURES, "gain", "rare_gain", "behind")
+    told = {name for rows in summary.values() for row in rows.values() for name in row}
+    columns = (*_COLUMNS, *sorted(told - {"seeds", *_COLUMNS}))
     lines = [
         "| kept | by | seeds | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 3) + "|",
@@ -217,6 +229,7 @@ def write_table(summary: dict[str, Any]) -> str:
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--kind", type=click.Choice(_CAPTION_KINDS), default="swap", show_default=True)
 @click.option("--share", default=0.2, show_default=True)
+@click.option("--language", "languages", multiple=True, help="Of emoji's names; en are theirs.")
 @click.option("--kept", multiple=True, type=float, default=(0.9, 0.8, 0.6), show_default=True)
 @click.option("--line", "lines", multiple=True, type=click.Choice(LINES), default=LINES)
 @click.option("--size", type=click.Choice(tuple(SIZES)), default="small", show_default=True)
@@ -230,6 +243,7 @@ def main(
     work: Path,
     kind: str,
     share: float,
+    languages: tuple[str, ...],
     kept: tuple[float, ...],
     lines: tuple[str, ...],
     size: str,
@@ -242,7 +256,8 @@ def main(
     keep_freed_memory()
     corpus = read_corpus(str(out), truth)
     corpus = corpus.take(np.flatnonzero(corpus.kinds == CLEAN)).one_per_cluster()
-    setting = f"{size}-{epochs}-{kind}-{share:g}"
+    corpus = translate(corpus, languages) if languages else corpus
+    setting = "-".join([size, str(epochs), kind, f"{share:g}", *languages])
     results: dict[tuple[int, str, float], dict[str, Any]] = {}
     # Processes begin at different seeds, so that one computes scores that another will find.
     order = np.roll(np.arange(seeds), -part[0] * seeds // part[1]).tolist()

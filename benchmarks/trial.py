@@ -46,6 +46,8 @@ class Corpus:
         Folder of the encoder's concepts, which may not exist.
     shared : bool
         Whether both vectors lie in one space, D = E.
+    languages : (N,) str, optional
+        Of the captions, before anything was swapped.
     """
 
     uids: Array
@@ -59,6 +61,7 @@ class Corpus:
     text: Array
     concepts: Path
     shared: bool = False
+    languages: Array | None = None
 
     def __len__(self) -> int:
         return len(self.uids)

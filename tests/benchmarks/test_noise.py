@@ -1,9 +1,14 @@
 """What is planted in memory is what the kind's name says."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from benchmarks.noise import judge, plant
+from benchmarks import noise
+from benchmarks.noise import judge, plant, translate
+from benchmarks.trial import embed_captions
 from tests.benchmarks.corpus import make_corpus
 
 
@@ -54,3 +59,29 @@ def test_judging_counts_what_a_threshold_leaves() -> None:
     assert found["left_of_2_percent"] == 0
     # The pairs that share a caption, and the one without probability, are not asked.
     assert found["information_auroc"] == 1
+
+
+def test_names_are_translated_evenly_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(400)
+    points = {f"1F{row:03X}": row for row in range(400)}
+    corpus = replace(corpus, sources=np.array([f"twitter/{point}.png" for point in points]))
+
+    def names(_: Path, language: str) -> dict[str, str]:
+        return {point: f"{language} {row}" for point, row in points.items() if row % 4}
+
+    monkeypatch.setattr(noise, "emoji_names", names)
+    found = translate(corpus, ("en", "de", "ru"))
+    assert found.languages is not None
+    unnamed = np.arange(400) % 4 == 0
+    assert set(found.languages[unnamed]) == {"en"}
+    for row, language in enumerate(found.languages.tolist()):
+        assert found.captions[row] == (
+            f"caption {row}" if language == "en" else f"{language} {row}"
+        )
+    for language in ("en", "de", "ru"):
+        assert (found.languages[~unnamed] == language).mean() == pytest.approx(1 / 3, abs=0.08)
+    foreign = found.languages != "en"
+    assert np.array_equal(found.text[~foreign], corpus.text[~foreign])
+    expected = embed_captions(found.captions[foreign].tolist())
+    assert found.text[foreign] == pytest.approx(expected, abs=1e-6)
+    assert np.array_equal(translate(corpus, ("en", "de", "ru")).languages, found.languages)

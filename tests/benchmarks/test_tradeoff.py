@@ -1,5 +1,6 @@
 """The plot's arithmetic, and a student that must do better on sound pairs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,24 @@ def test_gains_are_told_seed_by_seed() -> None:
     table = write_table(summary).splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert "| 0.8 | ours | 2 | 0.600 ± 0.100 |" in table[-2]
+
+
+def test_languages_are_told_apart(painted: tuple[Path, Corpus]) -> None:
+    out, corpus = painted
+    corpus = replace(corpus, languages=np.array(["de", "en"])[np.arange(800) % 2])
+    bench = Bench(out, corpus, "swap", 0.4, 0, "small", 2)
+    planting = bench.trial.planting
+    spoken = planting.corpus.languages
+    assert spoken is not None
+    # All that is planted or German is removed first.
+    found = bench.student(1.0 * (planting.planted | (spoken == "de")), 0.25)
+    assert found["kept de"] == 0
+    assert found["kept en"] > 0.7
+    held = bench.trial.held.languages
+    parts = [(held == name).mean() * found[name] for name in ("de", "en")]
+    assert sum(parts) == pytest.approx(found["all"])
+    results = {(0, "nothing", 1.0): {**found, "de": 0.0}, (0, "ours", 0.25): found}
+    summary = summarize(results)
+    assert summary["0.25"]["ours"]["gain de"][0] == pytest.approx(found["de"], abs=1e-4)
+    assert summary["0.25"]["ours"]["gain en"][0] == 0
+    assert " | gain de | gain en | kept de | kept en |" in write_table(summary)
