@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,8 @@ from tests.stages.noisy_views import (
     unit_rows,
 )
 
+#: Of what all tests look at; gone when they end.
+_HOME = TemporaryDirectory()
 STAGE = Score(proxies=4, epochs=3)
 
 
@@ -34,7 +36,7 @@ STAGE = Score(proxies=4, epochs=3)
 def _scored() -> tuple[Pairs, Room, pa.Table, dict[str, float]]:
     """The planted set, scored in one shard."""
     samples = make_pairs()
-    room = lay_out(Path(mkdtemp()), samples, STAGE, shards=1)
+    room = lay_out(Path(_HOME.name), samples, STAGE, shards=1)
     return samples, room, *run_steps(room)
 
 

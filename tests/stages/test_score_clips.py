@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,8 @@ from tests.stages.squares import (
     small_work,
 )
 
+#: Of what all tests look at; gone when they end.
+_HOME = TemporaryDirectory()
 STAGE = Score(
     proxy="clip", proxies=2, epochs=1, clip_proxies=4, clip_epochs=4, clip_views=2, min_samples=20
 )
@@ -74,7 +76,7 @@ def _spoil(samples: Squares) -> Squares:
 def _scored() -> tuple[Squares, Room, pa.Table]:
     """Good samples and spoilt ones, scored in one shard."""
     samples = _spoil(make_squares())
-    room = lay_out(Path(mkdtemp()), samples, STAGE, [np.arange(COUNT + 5)])
+    room = lay_out(Path(_HOME.name), samples, STAGE, [np.arange(COUNT + 5)])
     return samples, room, measure(room)
 
 
