@@ -95,8 +95,9 @@ class GraphedSteps:
         for group in optimiser.param_groups:
             group["lr"] = torch.zeros((), device=self._device)
         self._waiting: list[list[Tensor]] = []
-        #: Of every step of a block: its inputs, and last its rate. So many are still to be taken.
+        #: Of every step of a block its inputs, and last its rate.
         self._held: list[Tensor] = []
+        #: Steps of the block that are still to be taken.
         self._ready = 0
         self._number = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
