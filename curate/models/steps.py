@@ -2,8 +2,8 @@
 
 A step of a small CLIP is six hundred operations of microseconds each, which a GPU does in a tenth
 of the time that Python takes to hand them over one by one: a graph hands over all of them at once.
-None of them fills the GPU, and processes that share it take turns: it does several trainings of one
-process in half of the time that they take one after the other.
+None of them fills the GPU, and processes that share it take turns; several trainings of one process
+can share it in streams of their own.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -148,6 +148,8 @@ class GraphedSteps:
         """Record a step; the model is as before."""
         state = self._model.state_dict()
         before = {name: value.clone() for name, value in state.items()}
+        # Of its own: graphs recorded on one stream, as they are by default, share what cuBLAS works
+        # in, and spoil each other's products if they are replayed at once (pytorch #193402).
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -158,7 +160,7 @@ class GraphedSteps:
         # Gradients must lie in the graph's own memory.
         self._optimiser.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             self._take_next()
         with torch.no_grad():
             for name, value in state.items():

@@ -72,28 +72,29 @@ def test_training_repeats_itself_whatever_the_threads() -> None:
     assert dump_weights(first.model) != dump_weights(other.model)
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ),
-    ],
-)
-def test_several_trained_at_once_are_as_each_alone(device: str) -> None:
+def test_several_trained_at_once_are_as_each_alone() -> None:
     values, recipe = _squares(192), ClipRecipe(epochs=3, batch=16, dtype="float32")
     # Of different lengths, so that they end one after the other.
     chosen = [(np.arange(192) % count > 0, seed) for seed, count in enumerate((2, 2, 3, 5))]
-    together = train_clips(SHAPE, *values, recipe, chosen, device)
+    together = train_clips(SHAPE, *values, recipe, chosen, "cpu")
     for (inside, seed), found in zip(chosen, together, strict=True):
-        part = (one[inside] for one in values)
-        alone = train_clip(SHAPE, *part, recipe, seed, device)
-        if device == "cpu":
-            assert dump_weights(found.model) == dump_weights(alone.model)
-        # A GPU adds up in no order.
-        assert found.losses == pytest.approx(alone.losses, rel=0 if device == "cpu" else 0.02)
+        alone = train_clip(SHAPE, *(one[inside] for one in values), recipe, seed, "cpu")
+        assert dump_weights(found.model) == dump_weights(alone.model)
+        assert found.losses == alone.losses
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_does_not_mix_up_what_it_trains_at_once(dtype: str) -> None:
+    # Products of this size are summed in parts, for which cuBLAS needs room.
+    shape = ClipShape(SHAPE.words, image_px=SIDE, image_width=24, text_width=128, text_layers=2)
+    values, recipe = _squares(640), ClipRecipe(epochs=20, batch=64, dtype=dtype)
+    chosen = [(np.arange(640) % 10 != seed, seed) for seed in range(8)]
+    together = train_clips(shape, *values, recipe, chosen, "cuda")
+    for (inside, seed), found in zip(chosen, together, strict=True):
+        alone = train_clip(shape, *(one[inside] for one in values), recipe, seed, "cuda")
+        # A GPU adds up in no order; spoilt ones ended a third above.
+        assert np.mean(found.losses[-5:]) == pytest.approx(np.mean(alone.losses[-5:]), rel=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
