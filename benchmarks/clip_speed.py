@@ -121,7 +121,7 @@ def main(
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         tasks = []
         for first in range(0, proxies, together):
-            part = range(first, min(first + together, proxies))
+            part = range(proxies)[first : first + together]
             tasks.append(pool.submit(_train, str(work), shape, recipe, views, part))
         ended = []
         for task in as_completed(tasks):

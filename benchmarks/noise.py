@@ -153,6 +153,10 @@ def _points(corpus: Corpus) -> Array:
     return np.array([plain_code(Path(source).stem) for source in corpus.sources.tolist()])
 
 
+def _names(languages: Sequence[str]) -> list[dict[str, str]]:
+    return [emoji_names(DEFAULT_CACHE.expanduser(), language) for language in languages]
+
+
 def translate(corpus: Corpus, languages: Sequence[str]) -> Corpus:
     """Give emoji their names in one of several languages each, drawn by hash, evenly.
 
@@ -169,8 +173,8 @@ def translate(corpus: Corpus, languages: Sequence[str]) -> Corpus:
         With `languages`; an emoji without a name in the one that was drawn has its own.
     """
     draws = hash_unit(corpus.uids.tolist(), 0, "language") * len(languages)
-    names = [emoji_names(DEFAULT_CACHE.expanduser(), language) for language in languages]
-    points, spoken = _points(corpus), np.full(len(corpus), "en", "U5")
+    names, points = _names(languages), _points(corpus)
+    spoken = np.full(len(corpus), "en", "U5")
     given: dict[int, str] = {}
     for row, place in enumerate(draws.astype(int).tolist()):
         name = names[place].get(points[row])
@@ -185,9 +189,7 @@ def _translated(swapped: bool) -> Any:
     """An emoji's own name, or another's, in another language."""
 
     def spoil(corpus: Corpus, rows: Array, rng: np.random.Generator) -> tuple[Corpus, Array]:
-        cache = DEFAULT_CACHE.expanduser()
-        names = [emoji_names(cache, language) for language in _LANGUAGES]
-        points = _points(corpus)
+        names, points = _names(_LANGUAGES), _points(corpus)
         given: dict[int, str] = {}
         for row in rows.tolist():
             others = rng.permutation(rows)

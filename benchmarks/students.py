@@ -91,9 +91,8 @@ def judge_vectors(
     captions = np.array([normalise_caption(caption) for caption in held.captions.tolist()])
     hits = (hits_at(image, text, captions) + hits_at(text, image, captions).astype(float)) / 2
     chosen = spell_categories(held)[0][(image @ named.T).argmax(1)]
-    spoken = np.array([]) if held.languages is None else held.languages
     return {
-        **{str(language): float(hits[spoken == language].mean()) for language in np.unique(spoken)},
+        **{language: float(hits[rows].mean()) for language, rows in held.by_language().items()},
         "all": float(hits.mean()),
         "rare": float(hits[rare].mean()),
         "rest": float(hits[~rare].mean()),

@@ -158,9 +158,8 @@ class Bench:
         named = embed_texts(trained.model, spoken, kind)
         figures = judge_vectors(image, text, named, self.trial.held, self.trial.held_rare)
         planted = self.trial.planting.planted
-        languages = self.trial.planting.corpus.languages
-        for language in np.unique(languages if languages is not None else []):
-            clean = ~planted & (languages == language)
+        for language, spoken_in in self.trial.planting.corpus.by_language().items():
+            clean = ~planted & spoken_in
             figures[f"kept {language}"] = float(clean[rows].sum() / clean.sum())
         return {**figures, "planted": float(planted[rows].mean()), "loss": trained.losses[-1]}
 

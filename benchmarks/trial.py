@@ -71,6 +71,12 @@ class Corpus:
         arrays = {name: v for name, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **{name: value[rows] for name, value in arrays.items()})
 
+    def by_language(self) -> dict[str, Array]:
+        """Which captions are in each language, if that is known: (N,) bool each."""
+        if self.languages is None:
+            return {}
+        return {str(one): self.languages == one for one in np.unique(self.languages)}
+
     def one_per_cluster(self) -> "Corpus":
         """Choose one row of each cluster, by hash."""
         order = np.argsort(hash_unit(self.uids.tolist(), 0, "one per cluster"), kind="stable")

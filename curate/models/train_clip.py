@@ -86,6 +86,9 @@ class Disturb:
     tokens: Callable[[Tensor], Tensor] | None = None
 
 
+_UNDISTURBED = Disturb()
+
+
 @dataclass(frozen=True)
 class ClipTraining:
     """A trained proxy and how it went.
@@ -109,6 +112,7 @@ class ClipTraining:
 
 
 _Training = Generator[None, None, ClipTraining]
+_Losses = Generator[None, None, list[float]]
 
 
 def train_clip(
@@ -146,9 +150,12 @@ def train_clip(
     ClipTraining
         Trained on the mean of the contrastive losses of all pairs of modalities.
     """
-    training = _train(shape, pixels, tokens, groups, recipe, seed, device, rows, disturb)
+
+    def fit(model: CLIP) -> _Losses:
+        return _fit(model, pixels, tokens, groups, recipe, rows, disturb or _UNDISTURBED)
+
     with torch_threads(1):
-        return finish(training)
+        return finish(_train(shape, recipe, seed, device, fit))
 
 
 def train_clips(
@@ -179,31 +186,26 @@ def train_clips(
     that shared what cuBLAS works in have spoilt each other (see `GraphedSteps`), and that they no
     longer do has yet to be shown on a GPU.
     """
-    trainings = [
-        _train(shape, pixels[inside], tokens[inside], groups[inside], recipe, seed, device)
-        for inside, seed in chosen
-    ]
+
+    def begin(inside: Array, seed: int) -> _Training:
+        part = pixels[inside], tokens[inside], groups[inside]
+        return _train(shape, recipe, seed, device, lambda model: _fit(model, *part, recipe))
+
     with torch_threads(1):
-        return finish_together(trainings, device)
+        return finish_together([begin(*one) for one in chosen], device)
 
 
 def _train(
     shape: ClipShape,
-    pixels: Array,
-    tokens: Array,
-    groups: Array,
     recipe: ClipRecipe,
     seed: int,
     device: str,
-    rows: Array | None = None,
-    disturb: Disturb | None = None,
+    fit: Callable[[CLIP], _Losses],
 ) -> _Training:
-    pixels = pixels if pixels.ndim == 5 else pixels[None]
-    tokens = tokens if tokens.ndim == 3 else tokens[None]
     for attempt in range(recipe.retries + 1):
         torch.manual_seed(seed + attempt * 1_000_003)
         model = build_clip(shape).to(device)
-        losses = yield from _fit(model, pixels, tokens, groups, recipe, rows, disturb or Disturb())
+        losses = yield from fit(model)
         diverged = not has_learned(losses)
         if not diverged:
             break
@@ -219,10 +221,12 @@ def _fit(
     tokens: Array,
     groups: Array,
     recipe: ClipRecipe,
-    rows: Array | None,
-    disturb: Disturb,
-) -> Generator[None, None, list[float]]:
-    """Train in place on (I, N, 3, S, S) and (T, N, CONTEXT); see `fit_contrastive`."""
+    rows: Array | None = None,
+    disturb: Disturb = _UNDISTURBED,
+) -> _Losses:
+    """Train in place; see `fit_contrastive`."""
+    pixels = pixels if pixels.ndim == 5 else pixels[None]
+    tokens = tokens if tokens.ndim == 3 else tokens[None]
     # Of pairs, a step is told the places; of samples, which they are.
     whose = None
     if rows is not None and rows.ndim == 2:
@@ -261,7 +265,7 @@ def _fit(
 
     model.train()
     # What disturbs a step may draw, which a graph would not do anew.
-    graphed = on_gpu and disturb == Disturb()
+    graphed = on_gpu and disturb == _UNDISTURBED
     steps: Steps = (
         GraphedSteps(model, optimiser, loss_of) if graphed else EagerSteps(optimiser, loss_of)
     )
