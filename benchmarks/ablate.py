@@ -22,12 +22,14 @@ from typing import Any
 import click
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 
 from benchmarks.noise import plant
 from benchmarks.trial import Corpus, read_corpus
 from curate import storage
-from curate.ablate.grid import open_select
+from curate.ablate.grid import Setting, decide_all, open_select
 from curate.engine.finished import read_finished
 from curate.stages.base import Room, Stage
 from curate.stages.score import Score
@@ -38,11 +40,14 @@ __all__ = ["compare_models"]
 _ANEW = ("score", "select", "write", "report")
 
 
-def _plant_run(out: Path, truth: Path, target: Path, swaps: float) -> Path:
+def _plant_run(
+    out: Path, truth: Path, target: Path, swaps: float, information: float | None
+) -> None:
     """Copy a finished run, swap captions in the copy, score and select anew."""
     if (target / "run.json").exists():
-        return target
+        return
     run = read_finished(str(out))
+    run["stages"]["select"]["parameters"]["min_caption_information"] = information
     room = open_select(str(out), run)
     folders = {name: path.replace(str(out), str(target)) for name, path in room.folders.items()}
     room = replace(room, folders=folders)
@@ -53,6 +58,8 @@ def _plant_run(out: Path, truth: Path, target: Path, swaps: float) -> Path:
             folder = f"stages/{name}-{run['stages'][name]['fingerprint']}"
             shutil.copytree(out / folder, target / folder, copy_function=os.link)
         corpus = read_corpus(str(out), str(truth))
+        if information is not None:
+            corpus = corpus.take(np.isin(corpus.uids, _informative(out, information)))
         planted = np.zeros(0, "U32")
         if swaps:
             spoilt, rows = plant(corpus, "swap", swaps, 0)
@@ -61,8 +68,14 @@ def _plant_run(out: Path, truth: Path, target: Path, swaps: float) -> Path:
         storage.commit_array(str(target / "planted.npy"), planted)
     for stage in (Score(**run["stages"]["score"]["parameters"]), room.stage):
         _carry_out(room, stage, target / "done")
-    (target / "run.json").write_text((out / "run.json").read_text())
-    return target
+    storage.commit_json(str(target / "run.json"), run)
+
+
+def _informative(out: Path, least: float) -> Any:
+    """Uids whose captions tell as much: (M,) str."""
+    columns = pq.read_table(out / "decisions", columns=["uid", "caption_information"])
+    told = columns.filter(pc.greater_equal(columns["caption_information"], least))
+    return np.array(told["uid"].to_pylist())
 
 
 def _write_captions(room: Room, spoilt: Corpus) -> None:
@@ -115,11 +128,13 @@ def _ablate(out: Path, model: str, seeds: int, controls: bool, workers: int) -> 
 def _judge(out: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Compare the recommended setting with what was planted."""
     found = report["recommended"]
-    planted = len(storage.read_array(str(out / "planted.npy")))
-    samples = read_finished(str(out))["counts"]["ingested"]
+    room = open_select(str(out), read_finished(str(out)))
+    (loosest,) = decide_all(room, [Setting({"select.max_mismatch_rate": None})])
+    uids = [uid for shard in room.shards() for uid in room.read(shard, ["uid"])["uid"].to_pylist()]
+    planted = np.isin(uids, storage.read_array(str(out / "planted.npy")))
     settings = [row for row in report["lines"] if row["kind"] == "setting"]
     return {
-        "planted": round(planted / samples, 4),
+        "planted": round(float(planted[loosest.keep].mean()), 4),
         "recommended": round(found["share_dropped"], 4),
         "options": found["options"],
         "best": found["best"],
@@ -195,6 +210,7 @@ def _compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--controls/--no-controls", default=True, show_default=True)
 @click.option("--workers", default=1, show_default=True)
+@click.option("--min-information", type=float, help="Of the captions that are in question.")
 def main(
     out: Path,
     truth: Path,
@@ -204,11 +220,14 @@ def main(
     seeds: int,
     controls: bool,
     workers: int,
+    min_information: float | None,
 ) -> None:
     """Plant swapped captions in copies of the run in OUT, whose planted truth is TRUTH."""
     found: dict[str, Any] = {"run": out.name, "seeds": seeds}
+    least = "" if min_information is None else f"-{min_information:g}"
     for share in swaps:
-        copy = _plant_run(out, truth, work / f"{out.name}-{share:g}", share)
+        copy = work / f"{out.name}{least}-{share:g}"
+        _plant_run(out, truth, copy, share, min_information)
         reports = {one: _ablate(copy, one, seeds, controls, workers) for one in models}
         judged = {one: _judge(copy, report) for one, report in reports.items()}
         found[f"{share:g}"] = {**judged, "transfer": compare_models(reports)}

@@ -53,6 +53,8 @@ SIZES = {
 }
 #: Under small CLIPs trained end to end with and without the pair.
 MEMORIZATION = "CLIPMem"
+#: The axis beside mismatch: what says least about its picture is removed first.
+INFORMATION = "caption_information"
 #: The lines of the plot, beside all pairs.
 LINES = (
     "random",
@@ -62,6 +64,7 @@ LINES = (
     "negCLIPLoss",
     "LEMoN",
     MEMORIZATION,
+    INFORMATION,
     "ours",
     "oracle",
 )
@@ -132,6 +135,8 @@ class Bench:
         """Return what is removed first, highest: (N,) float64."""
         if line == _EVERYTHING:
             return np.zeros(len(self.data.clusters))
+        if line == INFORMATION:
+            return -self.trial.planting.column(INFORMATION)
         if line != MEMORIZATION:
             return np.nan_to_num(METHODS[line](self.trial.planting))
         inside = draw_masks(self.data.clusters, _PROXIES, self.seed)

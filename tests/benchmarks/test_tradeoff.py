@@ -43,6 +43,19 @@ def test_students_learn_more_without_the_planted(painted: tuple[Path, Corpus]) -
     assert again.student(again.score("oracle"), 0.6) == best
 
 
+def test_what_fits_many_pictures_can_be_removed_first(painted: tuple[Path, Corpus]) -> None:
+    out, corpus = painted
+    captions = corpus.captions.copy()
+    captions[::10] = captions[0]
+    silent = corpus.with_captions(np.arange(800), captions, corpus.text)
+    bench = Bench(out, silent, "swap", 0.0, 0, "small", 8)
+    assert not bench.trial.planting.planted.any()
+    score = bench.score(tradeoff.INFORMATION)
+    shared = bench.trial.planting.corpus.captions == captions[0]
+    assert score.max() <= 0
+    assert score[shared].min() > np.median(score[~shared])
+
+
 def test_memorization_comes_from_small_clips(
     painted: tuple[Path, Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
