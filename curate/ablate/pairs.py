@@ -132,44 +132,28 @@ def choose_pairs(
             "`embed` on images and captions, such as `default`."
         )
     table = pa.concat_tables([_read(room, shard) for shard in room.shards()])
-    uids, clusters, captions = (table[n].to_pylist() for n in ("uid", "cluster_id", "caption"))
-    usable = table["usable"].to_numpy(zero_copy_only=False)
-    draw = hash_unit(clusters, seed, "ablate pool")
+    asked = frozenset[str]()
     if named is not None:
-        asked = {c for c, u in zip(clusters, uids, strict=True) if u in named}
-        draw[[cluster in asked for cluster in clusters]] = 0.0  # they are in the pool, all
-    if usable.sum() > limit:
-        usable = usable & (draw <= np.sort(draw[usable])[limit - 1])
-    rows = np.flatnonzero(usable)
-    order = hash_unit([uids[row] for row in rows], seed, "ablate order")
-    rows = rows[np.argsort(order, kind="stable")]
-    chosen = np.array([clusters[row] for row in rows], str)
+        uids, clusters = (table[name].to_pylist() for name in ("uid", "cluster_id"))
+        asked = frozenset(c for u, c in zip(uids, clusters, strict=True) if u in named)
+    rows = _draw_pool(table, limit, seed, asked)
+    pool = table.take(pa.array(rows))
+    uids, clusters, captions = (pool[n].to_pylist() for n in ("uid", "cluster_id", "caption"))
     if named is None:
-        unit = hash_unit(chosen.tolist(), seed, "ablate held out")
+        unit = hash_unit(clusters, seed, "ablate held out")
         held_by = (unit / min(share, 1 / seeds)).astype(np.int64)
         may_judge = np.ones(len(rows), bool)
     else:
-        held_by = np.where(np.isin(chosen, list(asked)), _EVERY, _NO)
-        may_judge = np.array([uids[row] in named for row in rows], bool)
-    places = np.flatnonzero(may_judge)
-    judges = np.zeros(len(rows), bool)
-    judges[places[np.unique(chosen[places], return_index=True)[1]]] = True
-    texts = [captions[row] for row in rows]
-    names = (chosen, np.array([normalise_caption(text) for text in texts], str))
-    codes = [np.unique(part, return_inverse=True)[1] for part in names]
-    numbers = {name: table[name].to_numpy().astype(float)[rows] for name in _NUMBERS}
-    known = [name for name in _NUMBERS[1:] if np.isfinite(numbers[name]).any()]
-    rarity = numbers["rarity"]
+        held_by = np.where([cluster in asked for cluster in clusters], _EVERY, _NO)
+        may_judge = np.array([uid in named for uid in uids], bool)
     pairs = Pairs(
         rows,
-        [uids[row] for row in rows],
-        texts,
-        np.stack(codes, axis=1).astype(np.int64),
+        uids,
+        captions,
+        _number([clusters, [normalise_caption(text) for text in captions]]),
         held_by,
-        judges,
-        rarity >= RARE if np.isfinite(rarity).any() else None,
-        numbers[known[0]] if known else np.full(len(rows), np.nan),
-        known[0] if known else None,
+        _one_of_each(clusters, may_judge),
+        **_describe(pool),
     )
     fewest = min(len(pairs.held(number)) for number in range(seeds))
     if fewest < LEAST_HELD_OUT:
@@ -180,6 +164,45 @@ def choose_pairs(
             "--limit, take fewer --seeds, or run on more."
         )
     return pairs
+
+
+def _draw_pool(table: pa.Table, limit: int, seed: int, asked: frozenset[str]) -> Array:
+    """Draw whole clusters, those asked for first: (N,) int64, in an order drawn by uid."""
+    clusters = table["cluster_id"].to_pylist()
+    usable = table["usable"].to_numpy(zero_copy_only=False)
+    draw = hash_unit(clusters, seed, "ablate pool")
+    draw[[cluster in asked for cluster in clusters]] = 0.0
+    if usable.sum() > limit:
+        usable = usable & (draw <= np.sort(draw[usable])[limit - 1])
+    rows = np.flatnonzero(usable)
+    order = hash_unit(table["uid"].take(pa.array(rows)).to_pylist(), seed, "ablate order")
+    return rows[np.argsort(order, kind="stable")]
+
+
+def _number(names: Sequence[list[str]]) -> Array:
+    """Number what is named alike in each of C lists of N: (N, C) int64."""
+    codes = [np.unique(np.array(part, str), return_inverse=True)[1] for part in names]
+    return np.stack(codes, axis=1).astype(np.int64)
+
+
+def _one_of_each(clusters: list[str], may_judge: Array) -> Array:
+    """Choose the first of each cluster among those that may judge: (N,) bool."""
+    places = np.flatnonzero(may_judge)
+    judges = np.zeros(len(clusters), bool)
+    judges[places[np.unique(np.array(clusters, str)[places], return_index=True)[1]]] = True
+    return judges
+
+
+def _describe(pool: pa.Table) -> dict[str, Any]:
+    """Say which are rare, and by what a cosine filter keeps: fields of `Pairs`."""
+    numbers = {name: pool[name].to_numpy().astype(float) for name in _NUMBERS}
+    known = [name for name in _NUMBERS[1:] if np.isfinite(numbers[name]).any()]
+    rarity = numbers["rarity"]
+    return {
+        "rare": rarity >= RARE if np.isfinite(rarity).any() else None,
+        "cosine": numbers[known[0]] if known else np.full(len(pool), np.nan),
+        "cosine_column": known[0] if known else None,
+    }
 
 
 def _read(room: Room, shard: str) -> pa.Table:

@@ -251,7 +251,9 @@ def train_student(folder: str, task: str) -> dict[str, float]:
     spoken = order
     if mitigation.captions > 1:
         spoken = draw_captions(order, storage.read_array(f"{given}-captions.npy"), seed)
-    outcome = _fit_and_judge(folder, np.stack([order, spoken], 1), mitigation, seed, budget)
+    outcome = _fit_and_judge(
+        _Lesson(arrays, np.stack([order, spoken], 1), mitigation, seed, budget)
+    )
     outcome["wall_seconds"] = round(time.monotonic() - begun, 3)
     storage.commit_json(storage.join(folder, "students", f"{task}.json"), outcome)
     return {"samples": budget.steps * budget.batch}
@@ -267,7 +269,7 @@ def measure_cost(folder: str, places: Array) -> float:
     places : (K,) int64
         Of the samples of the loosest setting.
     """
-    whole, _ = _open(folder)
+    whole, arrays = _open(folder)
     few, more = 2, 8
     seconds = []
     for steps in (few, few, more):  # the first also loads what later ones find loaded
@@ -275,28 +277,39 @@ def measure_cost(folder: str, places: Array) -> float:
         # Nothing is learnt in so few steps, which is not to be taken for a training that diverged.
         budget = Budget(whole.model, steps, whole.batch, retries=0)
         order = draw_order(places, np.ones(len(places)), steps * whole.batch, 0)
-        _fit_and_judge(folder, np.stack([order, order], 1), Mitigation(), 0, budget)
+        _fit_and_judge(_Lesson(arrays, np.stack([order, order], 1), Mitigation(), 0, budget))
         seconds.append(time.monotonic() - begun)
     per_step = max(0.0, seconds[2] - seconds[1]) / (more - few)
     return seconds[1] + per_step * (whole.steps - few)
 
 
-def _fit_and_judge(
-    folder: str, rows: Array, mitigation: Mitigation, seed: int, budget: Budget
-) -> dict[str, Any]:
-    """Train on (T, 2) rows, whose picture and whose caption, and judge."""
-    _, arrays = _open(folder)
-    held = held_places(arrays["held_by"], arrays["judges"], seed)
-    train = _train_heads if budget.model == "heads" else _train_clip
-    image, text, named, losses = train(arrays, rows, held, mitigation, seed, budget)
-    captions = arrays["codes"][held, 1]
+@dataclass(frozen=True)
+class _Lesson:
+    """What one student is trained on, (T, 2) rows whose picture and whose caption, and how."""
+
+    arrays: dict[str, Array]
+    rows: Array
+    mitigation: Mitigation
+    seed: int
+    budget: Budget
+
+    @property
+    def held(self) -> Array:
+        """Places that judge: (H,) int64."""
+        return held_places(self.arrays["held_by"], self.arrays["judges"], self.seed)
+
+
+def _fit_and_judge(lesson: _Lesson) -> dict[str, Any]:
+    train = _train_heads if lesson.budget.model == "heads" else _train_clip
+    image, text, named, losses = train(lesson)
+    captions = lesson.arrays["codes"][lesson.held, 1]
     found: dict[str, Any] = {
         "image_to_text": hits_at(image, text, captions).astype(int).tolist(),
         "text_to_image": hits_at(text, image, captions).astype(int).tolist(),
         "loss": losses[-1] if losses else None,
     }
     if named is not None:
-        right = (image @ named.T).argmax(1) == arrays["labels"][held]
+        right = (image @ named.T).argmax(1) == lesson.arrays["labels"][lesson.held]
         found["zero_shot"] = right.astype(int).tolist()
     return found
 
@@ -304,27 +317,20 @@ def _fit_and_judge(
 Judged = tuple[Array, Array, Array | None, list[float]]
 
 
-def _train_clip(
-    arrays: dict[str, Array],
-    rows: Array,
-    held: Array,
-    mitigation: Mitigation,
-    seed: int,
-    budget: Budget,
-) -> Judged:
+def _train_clip(lesson: _Lesson) -> Judged:
     from curate.models.clip_proxy import ClipShape, embed_texts, embed_views
     from curate.models.encoders import torch_threads
     from curate.models.precision import pick_device, pick_dtype
     from curate.models.train_clip import ClipRecipe, train_clip
 
-    device = pick_device()
+    arrays, budget, held, device = lesson.arrays, lesson.budget, lesson.held, pick_device()
     recipe = ClipRecipe(1, budget.batch, dtype=pick_dtype(device), retries=budget.retries)
     shape = ClipShape(len(arrays["words"]), **SHAPES[budget.model])
     # Copies: torch takes no arrays that it may not write to, such as files mapped into memory.
     pixels, tokens, codes = (np.array(arrays[name]) for name in ("pixels", "tokens", "codes"))
     trained = train_clip(
-        shape, pixels, tokens, codes, recipe, seed, device, rows=rows,
-        disturb=_disturb(mitigation, shape.words),
+        shape, pixels, tokens, codes, recipe, lesson.seed, device, rows=lesson.rows,
+        disturb=_disturb(lesson.mitigation, shape.words),
     )  # fmt: skip
     with torch_threads(1):
         image, text, _ = embed_views(trained.model, pixels[held], tokens[held], 1, recipe.dtype)
@@ -345,17 +351,11 @@ def _disturb(mitigation: Mitigation, words: int) -> Any:
     )
 
 
-def _train_heads(
-    arrays: dict[str, Array],
-    rows: Array,
-    held: Array,
-    mitigation: Mitigation,
-    seed: int,
-    budget: Budget,
-) -> Judged:
+def _train_heads(lesson: _Lesson) -> Judged:
     from curate.models.proxy import HeadsShape, embed_pairs
     from curate.models.train import Recipe, train_heads
 
+    arrays, rows, budget, held = lesson.arrays, lesson.rows, lesson.budget, lesson.held
     image, text, codes = (np.asarray(arrays[name]) for name in ("image", "text", "codes"))
     fronts = [
         (np.asarray(arrays[f"{n}-mean"]), np.asarray(arrays[f"{n}-front"]))
@@ -365,7 +365,8 @@ def _train_heads(
     # Every sample as often as it is seen: the closed-form start must weigh it alike.
     trained = train_heads(
         HeadsShape(*widths), (fronts[0], fronts[1]), (image[rows[:, 0]], text[rows[:, 1]]),
-        codes[rows].reshape(len(rows), -1), Recipe(1, budget.batch, retries=budget.retries), seed,
+        codes[rows].reshape(len(rows), -1), Recipe(1, budget.batch, retries=budget.retries),
+        lesson.seed,
     )  # fmt: skip
     sides = [
         part.astype(np.float32) for part in embed_pairs(trained.heads, image[held], text[held])
