@@ -57,6 +57,8 @@ def _plant_run(
         for name in kept:
             folder = f"stages/{name}-{run['stages'][name]['fingerprint']}"
             shutil.copytree(out / folder, target / folder, copy_function=os.link)
+        for path in (out / "stages").glob("score-*/concepts"):
+            shutil.copytree(path, target / path.relative_to(out), copy_function=os.link)
         corpus = read_corpus(str(out), str(truth))
         if information is not None:
             corpus = corpus.take(np.isin(corpus.uids, _informative(out, information)))

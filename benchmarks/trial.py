@@ -156,7 +156,7 @@ def read_corpus(out: str, truth: str) -> Corpus:
         *(np.array([row[n] for row in rows], str) for n in ("kind", "name_group", "category")),
         np.array([row["source"] for row in rows], str),
         *(storage.read_vectors(whole[n])[0].astype("f4") for n in ("image_emb", "text_emb")),
-        _folder(Path(out), "embed.vectors") / "concepts",
+        _folder(Path(out), "score") / "concepts",
     )
 
 
@@ -248,6 +248,6 @@ def _lay_out(folder: str, corpus: Corpus, stage: Score) -> Room:
             storage.commit_table(f"{folders[table]}/shards/{name}.parquet", content)
     storage.commit_json(f"{folders['ingest']}/layout.json", {"shards": layout})
     for extra in corpus.concepts.glob("*.npy"):
-        storage.commit_array(f"{folder}/embed.vectors/concepts/{extra.name}", np.load(extra))
+        storage.commit_array(f"{folders['score']}/concepts/{extra.name}", np.load(extra))
     tables = {"score", "score.memorization"}
     return Room(stage, folders, origins, frozenset(tables))

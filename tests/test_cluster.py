@@ -152,6 +152,40 @@ def test_worker_that_does_not_see_the_output(
     assert list_tree(shared / "out") == {".lock", "run.json", "run.log"}
 
 
+def leave_mark(folder: str, task: str = "warm") -> None:
+    """Say in which process a task ran, after a second in which others can start."""
+    time.sleep(1)
+    (Path(folder) / f"{task}-{os.getpid()}").touch()
+
+
+def test_local_workers_come_when_tasks_need_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("curate.engine.workers.count_cores", lambda: 2)
+    monkeypatch.setattr("curate.engine.workers.count_gpus", lambda: 0)
+
+    def marks(name: str) -> dict[str, str]:
+        found = (path.name.rsplit("-", 1) for path in tmp_path.glob(f"{name}*-*"))
+        return {process: task for task, process in found}
+
+    with Workers(ClusterOptions(workers=2), str(tmp_path)) as workers:
+        workers.warm(leave_mark, str(tmp_path))
+        assert workers.planned() == 2
+        for number in range(3):
+            assert len(list(workers.map(leave_mark, [f"one{number}"], str(tmp_path)))) == 1
+        assert len(marks("one")) == 1
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(marks("many")) < 2:
+            assert time.monotonic() < deadline
+            tasks = [f"many{number}" for number in range(8)]
+            assert {task for task, _ in workers.map(leave_mark, tasks, str(tmp_path))} == {*tasks}
+        assert marks("one").keys() < marks("many").keys()
+        # What was to be loaded is loaded also by the worker that came later.
+        while marks("warm").keys() != marks("many").keys():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_the_dashboard_is_on_the_loopback_or_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

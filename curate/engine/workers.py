@@ -95,6 +95,9 @@ class Workers:
         self._out = out
         self._stack = contextlib.ExitStack()
         self._client: Any = None
+        #: Our own cluster, which grows, and how many workers it has.
+        self._cluster: Any = None
+        self._started = 0
         self._gpus = 0
         self.count = 0
         self.threads = 1
@@ -104,7 +107,7 @@ class Workers:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
-        self._client = None
+        self._client = self._cluster = None
 
     def map(
         self, function: Callable[..., Any], tasks: Sequence[str], *arguments: Any
@@ -116,7 +119,7 @@ class Workers:
         CurateError
             Whatever a task raised, or WorkerError if workers kept dying under it.
         """
-        self.start()
+        self.start(len(tasks))
         client = self._client
         from distributed import as_completed
 
@@ -144,25 +147,33 @@ class Workers:
     def warm(self, load: Callable[..., None], *arguments: Any) -> None:
         """Call `load` in the background of every worker, while it works on other tasks."""
         self.start()
-        if self._gpus < 2:  # with several, the first task decides which one a worker sees
+        if self._gpus > 1:  # the first task decides which one a worker sees
+            return
+        if self._cluster is None:  # a plug-in would outlive this run
             self._client.run(_in_background, load, *arguments)
+        else:
+            from curate.engine.each_worker import EachWorker
+
+            self._client.register_plugin(EachWorker(_in_background, load, *arguments))
 
     def everywhere(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function once in every worker that is alive."""
         if self._client is not None:
             self._client.run(function, *arguments, on_error="ignore")
 
-    def start(self) -> None:
-        """Start or reach the cluster, unless that was done before."""
-        if self._client is not None:
-            return
-        if self._options.scheduler is not None:
-            client = self._connect(self._options.scheduler)
-        elif self._options.cluster is not None:
-            client = self._launch(dict(self._options.cluster))
-        else:
-            client = self._local()
-        self._client = client
+    def start(self, tasks: int = 1) -> None:
+        """Start or reach the cluster, with as many local workers as tasks can employ."""
+        if self._client is None:
+            if self._options.scheduler is not None:
+                self._client = self._connect(self._options.scheduler)
+            elif self._options.cluster is not None:
+                self._client = self._launch(dict(self._options.cluster))
+            else:
+                self._client = self._local(tasks)
+        elif self._cluster is not None and self._started < min(tasks, self.count):
+            # Each costs seconds of imports and memory. They come up while others work.
+            self._started = min(tasks, self.count)
+            self._cluster.scale(self._started)
 
     def describe_dashboard(self) -> str:
         """Return the address of Dask's dashboard, or why there is none, as a sentence."""
@@ -182,13 +193,14 @@ class Workers:
             return int((self._options.cluster or {}).get("workers") or 1)
         return _count_local(self._options)
 
-    def _local(self) -> Any:
+    def _local(self, tasks: int) -> Any:
         import dask
         from distributed import Client, LocalCluster
 
         cores, gpus = count_cores(), count_gpus()
         self.count = _count_local(self._options)
         self.threads = max(1, cores // self.count)
+        self._started = max(1, min(tasks, self.count))
         self._gpus = gpus
         _clear_scratch()
         scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
@@ -198,7 +210,7 @@ class Workers:
         dask.config.set({"distributed.nanny.pre-spawn-environ": _thread_environment(self.threads)})
         with _interrupts_held(), _starting_told():
             cluster = LocalCluster(
-                n_workers=self.count,
+                n_workers=self._started,
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
@@ -207,7 +219,7 @@ class Workers:
                 memory_limit=0,  # tasks keep nothing in Dask; pausing workers would only stall them
                 silence_logs=logging.CRITICAL,
             )
-        self._stack.enter_context(cluster)
+        self._cluster = self._stack.enter_context(cluster)
         return self._stack.enter_context(Client(cluster, set_as_default=False))
 
     def _launch(self, description: dict[str, Any]) -> Any:

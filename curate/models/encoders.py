@@ -80,14 +80,17 @@ class Encoder(Protocol):
     ) -> np.ndarray[Any, Any]:
         """Return (B, text_width) float32, unit norm, for (B, L) int64 ids padded with `pad_id`."""
 
-    def concepts(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-        """Return what the image tower can name: see `memorization.concepts`.
+    @property
+    def classifier(self) -> np.ndarray[Any, Any] | None:
+        """What the image tower can name, see `memorization.concepts`: (C, image_width) float32.
 
-        Returns
-        -------
-        classifier : (C, image_width) float32
-        names : (C, text_width) float32, unit norm
-            Or None where the towers share a space or the image tower has no classifier.
+        None where the towers share a space or the image tower has no classifier.
+        """
+
+    def embed_classes(self) -> np.ndarray[Any, Any]:
+        """Return the vectors of the classifier's class names: (C, text_width) float32, unit norm.
+
+        They take seconds. Not where there is no classifier.
         """
 
     pad_id: int
@@ -238,7 +241,7 @@ class _Offline:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        network, self._classifier = _load_efficientnet()
+        network, self.classifier = _load_efficientnet()
         self._image = _Tower(network, device)
         text, self._tokenizer = _load_minilm()
         self._text = _Tower(text, device)
@@ -267,11 +270,11 @@ class _Offline:
         ids = torch.from_numpy(tokens).to(self._device)
         return self._text.run(precision, ids)
 
-    def concepts(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    def embed_classes(self) -> np.ndarray[Any, Any]:
         from timm.data.imagenet_info import ImageNetInfo
 
         info = ImageNetInfo("imagenet-1k")
-        count = len(self._classifier)
+        count = len(self.classifier)
         # The first of a class's synonyms, the common name.
         names = [info.index_to_description(number).split(",")[0] for number in range(count)]
         rows = self.tokenize(names)
@@ -281,7 +284,7 @@ class _Offline:
             same = np.flatnonzero(lengths == length)
             # In float32 whatever the run uses: done once, and every worker reads the result.
             vectors[same] = self.encode_texts(np.stack([rows[one] for one in same]), Precision())
-        return self._classifier, vectors
+        return vectors
 
 
 def _load_efficientnet() -> tuple[torch.nn.Module, np.ndarray[Any, Any]]:
@@ -382,6 +385,8 @@ class _OpenClip:
 
     shared_space = True
 
+    classifier = None
+
     def __init__(self, model: str, loaded: Any, transform: Any, device: str) -> None:
         import open_clip
 
@@ -413,8 +418,8 @@ class _OpenClip:
     ) -> np.ndarray[Any, Any]:
         return self._text.run(precision, torch.from_numpy(tokens).to(self._device))
 
-    def concepts(self) -> None:
-        return None
+    def embed_classes(self) -> np.ndarray[Any, Any]:
+        raise NotImplementedError("both towers share a space")
 
 
 class _Method(torch.nn.Module):

@@ -41,7 +41,7 @@ from curate.stages.remove import BYTES_REASON, ByteLists
 if TYPE_CHECKING:
     from curate.models.encoders import Encoder, Precision
 
-__all__ = ["Embed", "embed_images"]
+__all__ = ["Embed", "embed_images", "open_encoder"]
 
 _LOCATION = ("source_file", "member", "offset", "size_bytes", "row_group", "row", "ingest_reason")
 #: Longest side of thumbnails: what proxies train on and the report shows.
@@ -166,39 +166,39 @@ def _load_once(name: str, device: str) -> "Encoder":
     return load_encoder(name, device)
 
 
+def open_encoder(room: Room) -> "Encoder":
+    """Return the run's encoder, for a later stage's step too; kept between the tasks of a worker.
+
+    Raises
+    ------
+    ConfigError, MissingWeightsError
+        See `load_encoder`.
+    """
+    from curate.models.precision import pick_device
+
+    return _load(_stage(room).encoder, pick_device())
+
+
 def _probe_tasks(room: Room) -> list[str]:
-    return [] if room.has_source_vectors() else ["precision", "concepts"]
+    return [] if room.has_source_vectors() else ["precision"]
 
 
 def _probe(room: Room, task: str) -> dict[str, float]:
-    """Commit what is found out about the encoder once, and obeyed by all workers and resumes."""
-    from curate.models.encoders import torch_threads
-    from curate.models.precision import pick_device
+    """Commit `precision.json`: device and number format, obeyed by all workers and resumes."""
+    from curate.models.encoders import pad_tokens, torch_threads
+    from curate.models.precision import choose_precision, pick_device
 
     device = pick_device()
     with torch_threads(1):
-        encoder = _load(_stage(room).encoder, device)
-        if task == "precision":
-            _probe_precision(room, encoder, device)
-        else:
-            found = encoder.concepts()
-            for name, array in zip(("classifier", "names"), found or (), strict=False):
-                storage.commit_array(room.path("concepts", f"{name}.npy"), array)
-    return {}
-
-
-def _probe_precision(room: Room, encoder: "Encoder", device: str) -> None:
-    """Commit `precision.json`: device and number format."""
-    from curate.models.encoders import pad_tokens
-    from curate.models.precision import choose_precision
-
-    images, captions = _probe_samples(room, encoder)
-    if not images:
-        images = [np.zeros((3, encoder.image_px, encoder.image_px), np.float32)]
-    tokens = pad_tokens(encoder, encoder.tokenize(captions or [""]))
-    chosen = choose_precision(encoder, device, np.stack(images), tokens)
+        encoder = open_encoder(room)
+        images, captions = _probe_samples(room, encoder)
+        if not images:
+            images = [np.zeros((3, encoder.image_px, encoder.image_px), np.float32)]
+        tokens = pad_tokens(encoder, encoder.tokenize(captions or [""]))
+        chosen = choose_precision(encoder, device, np.stack(images), tokens)
     precision = {"device": device, "torch_threads": 1, "batch": _BATCH[device], **chosen}
     storage.commit_json(room.path("precision.json"), precision)
+    return {}
 
 
 def _probe_samples(room: Room, encoder: "Encoder") -> tuple[list[Any], list[str]]:

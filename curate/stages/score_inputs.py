@@ -300,9 +300,8 @@ class SharedSpace:
 
 
 def concept_paths(room: Room) -> list[str]:
-    """Where `embed` leaves the classifier of the image tower and its names, if it has one."""
-    folder = room.folders["embed.vectors"]
-    return [storage.join(folder, "concepts", f"{name}.npy") for name in ("classifier", "names")]
+    """Where the classifier of the image tower and its names lie, if it has one."""
+    return [room.path("concepts", f"{name}.npy") for name in ("classifier", "names")]
 
 
 def read_shared_space(room: Room, plan: Plan, reference: Reference) -> SharedSpace | None:

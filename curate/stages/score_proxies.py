@@ -10,6 +10,7 @@ from curate import storage
 from curate.memorization.folds import draw_masks, hash_unit
 from curate.memorization.rarity import isolation
 from curate.stages.base import Room
+from curate.stages.embed import open_encoder
 from curate.stages.score_inputs import (
     Plan,
     Reference,
@@ -28,7 +29,7 @@ from curate.stages.score_inputs import (
 if TYPE_CHECKING:
     from curate.stages.score import Score
 
-__all__ = ["fill_bank", "project_shard", "train_proxy", "trained_clusters"]
+__all__ = ["fill_bank", "name_concepts", "project_shard", "train_proxy", "trained_clusters"]
 
 Array = np.ndarray[Any, Any]
 
@@ -48,6 +49,20 @@ _MAX_PHANTOMS_EACH = 8
 
 #: Unit vectors with less variance than this differ by the rounding of float16 at most.
 _LEAST_VARIANCE = 1e-7
+
+
+def name_concepts(room: Room, task: str) -> dict[str, float]:
+    """Commit what the encoder's image tower can name, where both towers share no space."""
+    from curate.models.encoders import torch_threads
+
+    if not _has_shared_space(room):
+        with torch_threads(1):
+            encoder = open_encoder(room)
+            if encoder.classifier is not None:
+                found = (encoder.classifier, encoder.embed_classes())
+                for path, array in zip(concept_paths(room), found, strict=True):
+                    storage.commit_array(path, array)
+    return {}
 
 
 def fill_bank(room: Room, task: str) -> dict[str, float]:
@@ -91,7 +106,7 @@ def fill_bank(room: Room, task: str) -> dict[str, float]:
     shared = ""
     if _has_shared_space(room):
         shared = "vectors"
-    elif "embed.vectors" in room.folders and all(map(storage.exists, concept_paths(room))):
+    elif all(map(storage.exists, concept_paths(room))):
         shared = "concepts"
     plan = Plan(total, usable, True, allowed / _BINS, fitting / usable, phantoms, shared, widths)
     commit_plan(room, plan)

@@ -228,7 +228,7 @@ def test_names_of_what_the_image_tower_sees_are_used_where_it_has_some(tmp_path:
     samples = make_pairs(300)
     room = lay_out(tmp_path, samples, Score(proxies=2, epochs=1, min_samples=100), 1)
     rng = np.random.default_rng(0)
-    folder = room.folders["embed.vectors"]
+    folder = room.folders["score"]
     storage.commit_array(
         f"{folder}/concepts/classifier.npy", rng.normal(size=(20, 48)).astype("f4")
     )
