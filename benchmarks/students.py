@@ -90,10 +90,12 @@ def judge_vectors(
     """
     captions = np.array([normalise_caption(caption) for caption in held.captions.tolist()])
     hits = (hits_at(image, text, captions) + hits_at(text, image, captions).astype(float)) / 2
+    _, code, pairs = np.unique(captions, return_inverse=True, return_counts=True)
     chosen = spell_categories(held)[0][(image @ named.T).argmax(1)]
     return {
         **{language: float(hits[rows].mean()) for language, rows in held.by_language().items()},
         "all": float(hits.mean()),
+        "each_caption": float(np.average(hits, weights=1 / pairs[code])),
         "rare": float(hits[rare].mean()),
         "rest": float(hits[~rare].mean()),
         "zero_shot": float((chosen == held.categories).mean()),

@@ -184,8 +184,9 @@ def summarize(results: dict[tuple[int, str, float], dict[str, Any]]) -> dict[str
     -------
     dict
         Per figure `[mean, standard error]`; `gain`: in R@10 over training on everything, `behind`:
-        to ours at the same share, both seed by seed; `rare_gain` as `gain`, on the rarest fifth.
-        Of languages R@10, `gain`, and `kept`: the share of their clean pairs.
+        to ours at the same share, both seed by seed; `rare_gain` and `caption_gain` as `gain`, on
+        the rarest fifth and of `each_caption`. Of languages R@10, `gain`, and `kept`: the share of
+        their clean pairs.
     """
     found: dict[str, Any] = {}
     for line, kept in sorted({key[1:] for key in results}, key=lambda key: (-key[1], key[0])):
@@ -198,6 +199,7 @@ def summarize(results: dict[tuple[int, str, float], dict[str, Any]]) -> dict[str
         for name, part, rival, sign in (
             ("gain", "all", (_EVERYTHING, 1.0), 1),
             ("rare_gain", "rare", (_EVERYTHING, 1.0), 1),
+            ("caption_gain", "each_caption", (_EVERYTHING, 1.0), 1),
             ("behind", "all", ("ours", kept), -1),
             *((f"gain {one}", one, (_EVERYTHING, 1.0), 1) for one in languages),
         ):
@@ -209,7 +211,10 @@ def summarize(results: dict[tuple[int, str, float], dict[str, Any]]) -> dict[str
     return found
 
 
-_COLUMNS = ("all", "rare", "rest", "zero_shot", "planted", "gain", "rare_gain", "behind")
+_COLUMNS = (
+    *("all", "rare", "rest", "each_caption", "zero_shot", "planted"),
+    *("gain", "rare_gain", "caption_gain", "behind"),
+)
 
 
 def write_table(summary: dict[str, Any]) -> str:

@@ -47,7 +47,8 @@ class Pairs:
         Seed that holds out a sample's cluster; -1 (every seed) and -2 (none) where pairs are
         named.
     judges : (N,) bool
-        One of each cluster, that judges where the cluster is held out.
+        One of each cluster and one of each caption that a seed holds out: a caption that hundreds
+        of pictures share is one question, whose answer would count hundreds of times.
     rare : (N,) bool or None
         The rarest fifth; None where the run does not know.
     cosine : (N,) float64
@@ -118,7 +119,7 @@ def choose_pairs(
         Of the students.
     named : frozenset of str, optional
         Uids that every seed holds out instead. Of their clusters nothing is trained on, and the
-        first in the order judges.
+        first of each cluster and caption in the order judges.
 
     Raises
     ------
@@ -146,22 +147,17 @@ def choose_pairs(
     else:
         held_by = np.where([cluster in asked for cluster in clusters], _EVERY, _NO)
         may_judge = np.array([uid in named for uid in uids], bool)
-    pairs = Pairs(
-        rows,
-        uids,
-        captions,
-        _number([clusters, [normalise_caption(text) for text in captions]]),
-        held_by,
-        _one_of_each(clusters, may_judge),
-        **_describe(pool),
-    )
+    codes = _number([clusters, [normalise_caption(text) for text in captions]])
+    judges = _first_of_each(codes[:, :1], may_judge)
+    judges = _first_of_each(np.stack([held_by, codes[:, 1]], axis=1), judges)
+    pairs = Pairs(rows, uids, captions, codes, held_by, judges, **_describe(pool))
     fewest = min(len(pairs.held(number)) for number in range(seeds))
     if fewest < LEAST_HELD_OUT:
         option = f"--held-out {share:g}" if named is None else "--held-out-list"
         raise InputError(
             f"{option}: must leave every seed at least {LEAST_HELD_OUT} pairs of different "
-            f"clusters to judge by; got {fewest} of {len(rows)} usable samples. Raise it or "
-            "--limit, take fewer --seeds, or run on more."
+            f"clusters and captions to judge by; got {fewest} of {len(rows)} usable samples. Raise "
+            "it or --limit, take fewer --seeds, or run on more."
         )
     return pairs
 
@@ -185,12 +181,12 @@ def _number(names: Sequence[list[str]]) -> Array:
     return np.stack(codes, axis=1).astype(np.int64)
 
 
-def _one_of_each(clusters: list[str], may_judge: Array) -> Array:
-    """Choose the first of each cluster among those that may judge: (N,) bool."""
-    places = np.flatnonzero(may_judge)
-    judges = np.zeros(len(clusters), bool)
-    judges[places[np.unique(np.array(clusters, str)[places], return_index=True)[1]]] = True
-    return judges
+def _first_of_each(keys: Array, among: Array) -> Array:
+    """Choose the first row of each (N, K) int64 key among some of N: (N,) bool."""
+    places = np.flatnonzero(among)
+    chosen = np.zeros(len(keys), bool)
+    chosen[places[np.unique(keys[places], axis=0, return_index=True)[1]]] = True
+    return chosen
 
 
 def _describe(pool: pa.Table) -> dict[str, Any]:

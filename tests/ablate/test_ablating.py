@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from curate import storage
@@ -229,6 +230,27 @@ def test_held_out_clusters_are_not_trained_on(out: Path) -> None:
     assert len(set(clusters)) / 7 * 0.7 < len(many.held(0)) < len(set(clusters)) / 7 * 1.3
     smaller = choose_pairs(room, 0.4, 800, 0, 2)
     assert 790 < len(smaller) <= 800
+
+
+def test_a_caption_that_many_share_is_asked_once(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "out", swapped=False)
+    (folder,) = (out / "stages").glob("ingest-*")
+    for path in (folder / "shards").glob("*.parquet"):
+        table = storage.read_table(str(path))
+        captions = table["caption"].to_pylist()
+        captions[::2] = ["Part of a Collection", "part of a  collection"] * 100
+        at = table.schema.get_field_index("caption")
+        storage.commit_table(str(path), table.set_column(at, "caption", pa.array(captions)))
+    room = open_select(str(out), read_finished(str(out)))
+    pairs = choose_pairs(room, 0.3, 20_000, 0, 3)
+    texts = np.array(pairs.captions)
+    for seed in range(3):
+        held = pairs.held(seed)
+        assert len(set(pairs.codes[held, 1])) == len(held)
+        assert len(set(pairs.codes[held, 0])) == len(held)
+        assert sum("ollection" in text for text in texts[held]) == 1
+        assert sum("ollection" in text for text in texts[pairs.held_by == seed]) > 90
+        assert len(held) > 90
 
 
 def test_named_pairs_judge_and_nothing_of_their_clusters_is_trained_on(

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks import tradeoff
+from benchmarks.students import judge_vectors, spell_categories
 from benchmarks.tradeoff import Bench, read_pixels, summarize, write_table
 from benchmarks.trial import Corpus
-from tests.benchmarks.corpus import make_painted, paint
+from tests.benchmarks.corpus import make_corpus, make_painted, paint
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,22 @@ def test_memorization_comes_from_small_clips(
     assert score.mean() > 0.01
 
 
+def test_a_caption_that_many_pairs_have_can_count_once() -> None:
+    corpus = make_corpus(40)
+    captions = np.array(["the same"] * 20 + [f"caption {row}" for row in range(20)])
+    held = corpus.with_captions(np.arange(40), captions, corpus.text)
+    image = np.eye(40, dtype=np.float32)
+    text = np.concatenate([image[:20], np.roll(image[20:], 1, axis=0)])  # the others' are wrong
+    named = np.zeros((len(spell_categories(held)[1]), 40), np.float32)
+    found = judge_vectors(image, text, named, held, np.arange(40) < 20)
+    assert found["all"] == pytest.approx(0.5)
+    assert found["each_caption"] == pytest.approx(1 / 21)
+
+
 def test_gains_are_told_seed_by_seed() -> None:
     def row(all_: float) -> dict[str, float]:
-        return {"all": all_, "rare": all_ / 2, "rest": all_, "zero_shot": 0.5, "planted": 0.1}
+        same = dict.fromkeys(("all", "rest", "each_caption"), all_)
+        return {**same, "rare": all_ / 2, "zero_shot": 0.5, "planted": 0.1}
 
     results = {
         (0, "nothing", 1.0): row(0.4),
