@@ -124,12 +124,12 @@ def test_a_store_that_does_not_answer(
     s3: Server, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.commit_bytes(f"{out}/value", b"some bytes")
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.2}})
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 2}})
     s3fs.S3FileSystem.clear_instance_cache()
     s3.gate.fail(1, "slow", "GET", "value")
     s3.gate.seen.clear()
     assert storage.read_range(f"{out}/value", 5, 10) == b"bytes"
-    assert s3.gate.count("GET", "value") >= 2  # on a busy machine the next may be too late as well
+    assert s3.gate.count("GET", "value") == 2
     s3fs.S3FileSystem.clear_instance_cache()
 
 

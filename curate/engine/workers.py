@@ -95,9 +95,8 @@ class Workers:
         self._out = out
         self._stack = contextlib.ExitStack()
         self._client: Any = None
-        #: Our own cluster, which grows, and how many workers it has.
+        #: Our own, which grows.
         self._cluster: Any = None
-        self._started = 0
         self._gpus = 0
         self.count = 0
         self.threads = 1
@@ -170,10 +169,12 @@ class Workers:
                 self._client = self._launch(dict(self._options.cluster))
             else:
                 self._client = self._local(tasks)
-        elif self._cluster is not None and self._started < min(tasks, self.count):
+        elif self._cluster is not None and len(self._cluster.worker_spec) < self._employed(tasks):
             # Each costs seconds of imports and memory. They come up while others work.
-            self._started = min(tasks, self.count)
-            self._cluster.scale(self._started)
+            self._cluster.scale(self._employed(tasks))
+
+    def _employed(self, tasks: int) -> int:
+        return max(1, min(tasks, self.count))
 
     def describe_dashboard(self) -> str:
         """Return the address of Dask's dashboard, or why there is none, as a sentence."""
@@ -200,7 +201,6 @@ class Workers:
         cores, gpus = count_cores(), count_gpus()
         self.count = _count_local(self._options)
         self.threads = max(1, cores // self.count)
-        self._started = max(1, min(tasks, self.count))
         self._gpus = gpus
         _clear_scratch()
         scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
@@ -210,7 +210,7 @@ class Workers:
         dask.config.set({"distributed.nanny.pre-spawn-environ": _thread_environment(self.threads)})
         with _interrupts_held(), _starting_told():
             cluster = LocalCluster(
-                n_workers=self._started,
+                n_workers=self._employed(tasks),
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",

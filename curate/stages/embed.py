@@ -136,9 +136,7 @@ class Embed(Stage):
             scorer.warm()
         if "embed.vectors" not in room.missing or room.has_source_vectors():
             return
-        from curate.models.precision import pick_device
-
-        _load(self.encoder, pick_device())
+        open_encoder(room)
 
     def release(self, room: Room) -> None:
         room.find(Ingest).copies(room.folders["ingest"]).clear()

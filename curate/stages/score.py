@@ -15,7 +15,6 @@ from curate.memorization.mismatch import REAL, RUNGS, Detector, fit_detector
 from curate.memorization.rarity import RARE
 from curate.schema import select_schema
 from curate.stages.base import Room, Stage, Step, Table, one_task, shard_tasks
-from curate.stages.embed import Embed
 from curate.stages.score_clips import (
     MEMORIZATION,
     collect_pairs,
@@ -34,7 +33,7 @@ from curate.stages.score_evidence import (
     spread_rows,
 )
 from curate.stages.score_inputs import commit_phantoms, read_plan, read_samples, score_stage
-from curate.stages.score_proxies import fill_bank, name_concepts, project_shard, train_proxy
+from curate.stages.score_proxies import fill_bank, project_shard, train_proxy
 
 __all__ = ["Score"]
 
@@ -123,7 +122,6 @@ class Score(Stage):
             Step("slopes", weigh_company, _once_scored, memorized),
         )
         return (
-            Step("concepts", name_concepts, _concept_tasks, pairs),
             Step("bank", fill_bank, one_task, pairs),
             Step("proxies", train_proxy, _proxy_tasks, pairs),
             Step("project", project_shard, _scored_shards, pairs),
@@ -159,11 +157,6 @@ class Score(Stage):
             facts["clips"] = summarize_clips(room)
         facts["mismatch"] = storage.read_json(room.path("detector.json"))["facts"]
         return facts
-
-
-def _concept_tasks(room: Room) -> list[str]:
-    made_here = any(isinstance(stage, Embed) for stage in room.pipeline)
-    return one_task(room) if made_here and not room.has_source_vectors() else []
 
 
 def _proxy_tasks(room: Room) -> list[str]:

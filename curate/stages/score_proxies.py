@@ -10,7 +10,7 @@ from curate import storage
 from curate.memorization.folds import draw_masks, hash_unit
 from curate.memorization.rarity import isolation
 from curate.stages.base import Room
-from curate.stages.embed import open_encoder
+from curate.stages.embed import Embed, open_encoder
 from curate.stages.score_inputs import (
     Plan,
     Reference,
@@ -29,7 +29,7 @@ from curate.stages.score_inputs import (
 if TYPE_CHECKING:
     from curate.stages.score import Score
 
-__all__ = ["fill_bank", "name_concepts", "project_shard", "train_proxy", "trained_clusters"]
+__all__ = ["fill_bank", "project_shard", "train_proxy", "trained_clusters"]
 
 Array = np.ndarray[Any, Any]
 
@@ -49,20 +49,6 @@ _MAX_PHANTOMS_EACH = 8
 
 #: Unit vectors with less variance than this differ by the rounding of float16 at most.
 _LEAST_VARIANCE = 1e-7
-
-
-def name_concepts(room: Room, task: str) -> dict[str, float]:
-    """Commit what the encoder's image tower can name, where both towers share no space."""
-    from curate.models.encoders import torch_threads
-
-    if not _has_shared_space(room):
-        with torch_threads(1):
-            encoder = open_encoder(room)
-            if encoder.classifier is not None:
-                found = (encoder.classifier, encoder.embed_classes())
-                for path, array in zip(concept_paths(room), found, strict=True):
-                    storage.commit_array(path, array)
-    return {}
 
 
 def fill_bank(room: Room, task: str) -> dict[str, float]:
@@ -103,11 +89,7 @@ def fill_bank(room: Room, task: str) -> dict[str, float]:
         "image_front": fronts[0][1].shape[1],
         "text_front": fronts[1][1].shape[1],
     }
-    shared = ""
-    if _has_shared_space(room):
-        shared = "vectors"
-    elif all(map(storage.exists, concept_paths(room))):
-        shared = "concepts"
+    shared = _find_shared_space(room)
     plan = Plan(total, usable, True, allowed / _BINS, fitting / usable, phantoms, shared, widths)
     commit_plan(room, plan)
     return {"samples": total}
@@ -126,6 +108,27 @@ def _keep_lowest(best: Samples | None, more: Samples, stage: "Score") -> Samples
         )
     order = np.argsort(hash_unit(more.uids, stage.seed, "bank"), kind="stable")
     return more.take(order[: stage.bank_size])
+
+
+def _find_shared_space(room: Room) -> str:
+    """Return `Plan.shared`; commit the concepts of an encoder of two spaces."""
+    if _has_shared_space(room):
+        return "vectors"
+    if any(isinstance(stage, Embed) for stage in room.pipeline) and not room.has_source_vectors():
+        _commit_concepts(room)
+    return "concepts" if all(map(storage.exists, concept_paths(room))) else ""
+
+
+def _commit_concepts(room: Room) -> None:
+    from curate.models.encoders import torch_threads
+
+    with torch_threads(1):
+        encoder = open_encoder(room)
+        if encoder.classifier is None:
+            return
+        found = (encoder.classifier, encoder.embed_classes())
+    for path, array in zip(concept_paths(room), found, strict=True):
+        storage.commit_array(path, array)
 
 
 def _has_shared_space(room: Room) -> bool:
