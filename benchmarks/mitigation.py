@@ -17,9 +17,7 @@ References: Wang et al., MultiMem (arXiv:2606.22220) and CLIPMem (arXiv:2502.078
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
@@ -28,102 +26,38 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from open_clip.model import CLIP
-from PIL import Image
-from torch import Tensor
 
 from benchmarks.corpora import DEFAULT_CACHE
-from benchmarks.emoji import EMOJI_VENDORS, emoji_captions, read_emoji
-from benchmarks.memorization import mean_of, rare_rows
-from benchmarks.noise import plant
-from benchmarks.parts import find_titles, split_parts
-from benchmarks.signature import (
-    IMAGE_PX,
-    Samples,
-    embed,
-    join_groups,
-    read_pair_vectors,
-    read_pairs,
+from benchmarks.memorization import mean_of
+from benchmarks.mitigation_data import (
+    CAPTIONS,
+    NAME,
+    SETTINGS,
+    Data,
+    cut_modalities,
+    read_data,
+    read_run,
 )
-from benchmarks.signature_three import group_emoji, read_pixels
-from benchmarks.trial import Corpus, embed_captions, embed_pictures, run_score
+from benchmarks.mitigation_training import BATCH, Arm, embed_rows, train
+from benchmarks.noise import plant
+from benchmarks.trial import run_score
 from curate import storage
-from curate.audit import Embeddings, measure
 from curate.engine.workers import keep_freed_memory
-from curate.formats.pixels import read_square
 from curate.memorization.folds import hash_unit
 from curate.memorization.metrics import clipmem, multimem
 from curate.memorization.protocol import draw_sets, training_masks
 from curate.memorization.retrieval import hits_at
-from curate.mitigation import CaptionSampler, EmbeddingNoise, TargetedBatches, TextMask
-from curate.models.clip_proxy import (
-    ClipShape,
-    GroupedClipLoss,
-    build_clip,
-    choose_words,
-    encode,
-    fold_tokens,
-    normalise_pixels,
-    tokenize,
-)
-from curate.models.precision import pick_dtype
-from curate.models.train_clip import augment_pixels
 from curate.stages.score import Score
 from curate.stages.select import mismatch_limit
 
 Array = np.ndarray[Any, Any]
 
-SETTINGS = {"two": EMOJI_VENDORS[:1], "three": EMOJI_VENDORS, "run": ("picture",)}
-_NAME = "name"
 _RAW = "raw"
-_PX = 32
-_SIZE = {"image_px": _PX, "image_width": 16, "text_width": 64, "text_layers": 1}
-_BATCH = 64
-_RATE, _DECAY = 2e-3, 0.05
 _SWAPS = 0.1
-_CAPTIONS = 5
 #: Of the external samples, those that agreement is measured against; the rest are tested on.
 _UNRELATED = 0.25
 #: What is asked of the kept, as `select.max_mismatch_rate`.
 _MAX_RATE = 0.02
-#: Words of a target that are hidden, besides two random crops.
-_TARGET_MASK = 0.3
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is done while a model trains.
-
-    Parameters
-    ----------
-    noise : float
-        Sigma.
-    noisy : str
-        Which modalities it is added to: "all", "pictures", "first" (picture) or "name".
-    captions : int
-        That a sample's name is drawn of.
-    mask : float
-        Share of words hidden.
-    every : int
-        Epochs after which the top 5 % are chosen again for augmentation; 0: never.
-    curated : bool
-    """
-
-    noise: float = 0.0
-    noisy: str = "all"
-    captions: int = 1
-    mask: float = 0.0
-    every: int = 0
-    curated: bool = False
-
-    def sigmas(self, modalities: list[str]) -> dict[str, float]:
-        """Sigma by modality; the name is the last one."""
-        chosen = {
-            "all": modalities, "name": modalities[-1:], "pictures": modalities[:-1],
-            "first": modalities[:1],
-        }[self.noisy]  # fmt: skip
-        return dict.fromkeys(chosen, self.noise)
-
 
 _MITIGATED = Arm(noise=0.05, captions=3, mask=0.15)
 ARMS = {
@@ -131,14 +65,14 @@ ARMS = {
     "noise on all": Arm(noise=0.1),
     "noise on name": Arm(noise=0.15, noisy="name"),
     "noise on first picture": Arm(noise=0.15, noisy="first"),
-    "five captions": Arm(captions=_CAPTIONS),
+    "five captions": Arm(captions=CAPTIONS),
     "words masked": Arm(mask=0.15),
     "targeted": Arm(every=5),
     "curated": Arm(curated=True),
     "mitigated": _MITIGATED,
     "curated and mitigated": replace(_MITIGATED, curated=True),
     "curated, three captions": Arm(captions=3, curated=True),
-    "curated, five captions": Arm(captions=_CAPTIONS, curated=True),
+    "curated, five captions": Arm(captions=CAPTIONS, curated=True),
     "curated, captions and masks": Arm(captions=3, mask=0.15, curated=True),
     "two captions, masks 30": Arm(captions=2, mask=0.3),
     "curated, two captions": Arm(captions=2, curated=True),
@@ -147,222 +81,6 @@ ARMS = {
     "curated, three captions, masks 30": Arm(captions=3, mask=0.3, curated=True),
     "curated, masks 30": Arm(mask=0.3, curated=True),
 }
-
-
-@dataclass(frozen=True)
-class Data:
-    """Emoji as models see them, before swaps.
-
-    Parameters
-    ----------
-    modalities : list of str, length I + 1
-    pixels : (I, N, 3, S, S) uint8
-    captions : list of N lists of (L,) int64
-        The name first.
-    words : int
-        Of the vocabulary.
-    corpus : Corpus
-        First picture and name of the same rows, for scores.
-    rare : (N,) bool
-    """
-
-    modalities: list[str]
-    pixels: Array
-    captions: list[list[Array]]
-    words: int
-    corpus: Corpus
-    rare: Array
-
-    def samples(self) -> Samples:
-        """Return pictures and names, for `embed`."""
-        names = np.stack([known[0] for known in self.captions])
-        groups = self.corpus.clusters.tolist()
-        return Samples(self.modalities, self.pixels, names[None], self.words, groups)
-
-
-def read_data(cache: Path) -> Data:
-    """Read all emoji of both vendors."""
-    emoji = read_emoji(cache, EMOJI_VENDORS, ("en",))
-    known = emoji_captions(cache)
-    captions = [known[one.code][:_CAPTIONS] for one in emoji]
-    pictures = zip(*(one.images for one in emoji), strict=True)
-    pixels = np.stack([np.stack([read_pixels(data) for data in part]) for part in pictures])
-    shown = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pixels[0]]
-    vectors = embed_pictures(shown), embed_captions([part[0] for part in captions])
-    uids = [one.code for one in emoji]
-    return make_data(pixels, captions, group_emoji(emoji, pixels), uids, vectors)
-
-
-def read_run(out: Path, limit: int) -> Data:
-    """Read so many pairs of a finished run, the first by hash."""
-    table = read_pairs(out, limit)
-    uids, captions, clusters = (table[n].to_pylist() for n in ("uid", "caption", "cluster_id"))
-    pixels = np.stack([read_square(data, IMAGE_PX) for data in table["thumbnail"].to_pylist()])
-    said = [
-        tell_apart(caption, title)
-        for caption, title in zip(captions, find_titles(captions, clusters), strict=True)
-    ]
-    groups, vectors = join_groups([clusters, captions]), read_pair_vectors(out, uids)
-    return make_data(pixels[None], said, groups, uids, vectors, SETTINGS["run"])
-
-
-def tell_apart(caption: str, title: str) -> list[str]:
-    """Return a caption, its title, and its other parts, as far as these differ."""
-    rest = " ".join(part for part in split_parts(caption) if part != title)
-    return list(dict.fromkeys(filter(None, (caption, title, rest))))
-
-
-def make_data(
-    pixels: Array,
-    captions: list[list[str]],
-    groups: list[str],
-    uids: list[str],
-    vectors: tuple[Array, Array],
-    pictures: Sequence[str] = EMOJI_VENDORS,
-) -> Data:
-    """Tokenize captions and shrink pictures, (I, N, 3, S, S) uint8.
-
-    Parameters
-    ----------
-    captions : list of N lists of str
-        The name first.
-    vectors : ((N, D) float32, (N, E) float32)
-        Of the first pictures and the names.
-    pictures : sequence of str, length I
-        Names of these modalities.
-    """
-    names, spelt, alike = map(np.array, ([part[0] for part in captions], uids, groups))
-    plain = np.full(len(uids), "clean")
-    corpus = Corpus(spelt, names, alike, plain, alike, plain, plain, *vectors, Path("none"))
-    tokens = tokenize([caption for part in captions for caption in part])
-    words = choose_words(Counter(tokens.ravel().tolist()))
-    ends = np.cumsum([len(part) for part in captions])[:-1]
-    folded = [list(part) for part in np.split(fold_tokens(tokens, words), ends)]
-    sizes = (*pixels.shape[:2], 3, _PX, pixels.shape[3] // _PX, _PX, pixels.shape[4] // _PX)
-    small = pixels.reshape(sizes).mean((4, 6)).round().astype(np.uint8)
-    return Data([*pictures, _NAME], small, folded, len(words), corpus, rare_rows(corpus))
-
-
-def cut_modalities(data: Data, setting: str) -> Data:
-    """Leave the pictures of a setting's vendors."""
-    count = len(SETTINGS[setting])
-    return replace(data, modalities=[*SETTINGS[setting], _NAME], pixels=data.pixels[:count])
-
-
-class Rows:
-    """Training samples, each epoch in an order of its own.
-
-    Parameters
-    ----------
-    data : Data
-    rows : (M,) int
-    donors : (N,) int
-        Whose captions a row has.
-    captions : int
-        That the name is drawn of.
-    seed : int
-    """
-
-    def __init__(self, data: Data, rows: Array, donors: Array, captions: int, seed: int) -> None:
-        self._data, self._rows, self._donors = data, rows, donors
-        self._sampler, self._seed, self._epoch = CaptionSampler(captions, seed), seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._sampler.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
-        for row in order.tolist():
-            yield self._sampler({
-                "uid": str(row),
-                "row": row,
-                "pictures": torch.from_numpy(self._data.pixels[:, row]),
-                "captions": self._data.captions[self._donors[row]],
-            })  # fmt: skip
-
-
-def augment_target(mask: TextMask, sample: dict[str, Any]) -> dict[str, Any]:
-    """Crop a sample's pictures once more than those of others, and hide some words."""
-    again = augment_pixels(sample["pictures"]).round().to(torch.uint8)
-    hidden = mask(torch.from_numpy(sample["caption"])[None])[0].numpy()
-    return {**sample, "pictures": again, "caption": hidden}
-
-
-def train(
-    data: Data, rows: Array, donors: Array, arm: Arm, steps: int, seed: int, unrelated: Array
-) -> CLIP:
-    """Train one model for so many steps; `unrelated` (H,) int are rows that it never sees."""
-    torch.manual_seed(seed)
-    model, dtype = build_clip(ClipShape(data.words, **_SIZE)), pick_dtype("cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, steps, pct_start=0.1)
-    marks = (data.words + 2, data.words + 3)  # of the folded vocabulary
-    noise = EmbeddingNoise(arm.sigmas(data.modalities)).train()
-    mask = TextMask(arm.mask, keep=marks).train()
-    hide = TextMask(_TARGET_MASK, keep=marks).train()
-    batches = TargetedBatches(
-        Rows(data, rows, donors, arm.captions, seed), _BATCH,
-        lambda sample: augment_target(hide, sample), every=max(1, arm.every),
-    )  # fmt: skip
-    codes = torch.from_numpy(np.unique(data.corpus.clusters, return_inverse=True)[1])
-    done = epoch = 0
-    model.train()
-    while done < steps:
-        batches.set_epoch(epoch)
-        if arm.every and batches.due(epoch):
-            batches.update(score_rows(model, data, rows, donors, unrelated))
-        for batch in batches:
-            seen = torch.stack([sample["pictures"] for sample in batch], 1).flatten(0, 1)
-            words = mask(torch.from_numpy(np.stack([sample["caption"] for sample in batch])))
-            pixels = normalise_pixels(augment_pixels(seen))
-            image, text = encode(model, pixels, words, dtype)
-            parts = [*image.view(-1, len(batch), image.shape[1]), text]
-            noisy = noise(dict(zip(data.modalities, parts, strict=True)))
-            # As everywhere, pairs with one picture or one name are not rivals.
-            kinds = [codes[[sample["row"] for sample in batch]]]
-            kinds += [codes[donors[[sample["row"] for sample in batch]]]]
-            alike = torch.stack([kind[:, None] == kind for kind in kinds]).any(0)
-            loss = mean_loss(noisy, alike, model.logit_scale.exp())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, np.log(100))
-            done += 1
-            if done == steps:
-                break
-        epoch += 1
-    return model.eval().requires_grad_(False)
-
-
-def mean_loss(parts: dict[str, Tensor], alike: Tensor, scale: Tensor) -> Tensor:
-    """Mean of the contrastive losses of all pairs of modalities."""
-    measured = GroupedClipLoss(alike)
-    return torch.stack([measured(*pair, scale) for pair in combinations(parts.values(), 2)]).mean()
-
-
-def score_rows(
-    model: CLIP, data: Data, rows: Array, donors: Array, unrelated: Array
-) -> dict[str, float]:
-    """Memorization of training samples by the model alone: uid to value."""
-    model.eval()
-    trained = embed_rows(model, data, rows, donors)
-    held_out = embed_rows(model, data, unrelated, donors)
-    model.train()
-    values = measure(Embeddings(trained, held_out)).scores["memorization"]
-    return dict(zip(map(str, rows.tolist()), values.tolist(), strict=True))
-
-
-def embed_rows(model: CLIP, data: Data, rows: Array, donors: Array) -> dict[str, Array]:
-    """Embed rows with the names that they were given: (M, D) float32 by modality."""
-    samples = data.samples()
-    part = replace(samples, pixels=samples.pixels[:, rows], tokens=samples.tokens[:, donors[rows]])
-    found = embed(model, part, 1, pick_dtype("cpu"))
-    return {
-        name: one.reshape(len(rows), -1) for name, one in zip(data.modalities, found, strict=True)
-    }
 
 
 class Bench:
@@ -427,7 +145,7 @@ class Bench:
         if not path.exists():
             begun = time.monotonic()
             inside = training_masks(self.sets)[number]
-            steps = int(inside.sum()) // _BATCH * epochs
+            steps = int(inside.sum()) // BATCH * epochs
             rows = np.flatnonzero(inside & self.kept if arm.curated else inside)
             seed = 1000 * self.seed + number
             model = train(data, rows, self.donors, arm, steps, seed, self.unrelated)
@@ -469,8 +187,8 @@ class Bench:
         hits = np.mean([
             hits_at(*way, captions)
             for model in models
-            for name in model if name != _NAME
-            for way in ((model[name], model[_NAME]), (model[_NAME], model[name]))
+            for name in model if name != NAME
+            for way in ((model[name], model[NAME]), (model[NAME], model[name]))
         ], axis=0)  # fmt: skip
         return {
             "recall": float(hits.mean()),

@@ -12,20 +12,9 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import mitigation
-from benchmarks.mitigation import (
-    ARMS,
-    Arm,
-    Bench,
-    Data,
-    Rows,
-    cut_modalities,
-    embed_rows,
-    make_data,
-    score_rows,
-    summarize,
-    tell_apart,
-    train,
-)
+from benchmarks.mitigation import ARMS, Bench, summarize
+from benchmarks.mitigation_data import Data, cut_modalities, make_data, tell_apart
+from benchmarks.mitigation_training import Arm, Rows, embed_rows, score_rows, train
 from benchmarks.signature import IMAGE_PX
 from curate import storage
 from curate.models.encoders import torch_threads
