@@ -1,8 +1,8 @@
 """Speed of proxies trained end to end: `python -m benchmarks.clip_speed OUT WORK --samples 100000`.
 
 Tiles the pairs of a finished run, each copy seen in another crop and light, trains proxies on a
-half each as `score` does, in as many processes as workers, and embeds everything under each; with
-`--image-px 64` larger ones, with `--together` several at once in every process.
+half each as `score` does, on a GPU several at once, in as many processes as workers, and embeds
+everything under each; with `--image-px 64` larger ones.
 Products are counted by torch and set against what the device multiplies in bfloat16, measured in
 the same run. Prints one JSON line.
 """
@@ -94,7 +94,7 @@ def _count_step(shape: ClipShape, recipe: ClipRecipe) -> float:
 @click.option("--proxies", default=2, show_default=True)
 @click.option("--epochs", default=ClipRecipe().epochs, show_default=True)
 @click.option("--views", default=4, show_default=True)
-@click.option("--together", default=1, show_default=True,
+@click.option("--together", default=8 if pick_device() == "cuda" else 1, show_default=True,
               help="Proxies that a worker trains at once.")  # fmt: skip
 @click.option("--workers", default=1 if pick_device() == "cuda" else 2, show_default=True)
 @click.option("--image-px", type=click.Choice(list(_SHAPES)), default=CLIP_SHAPE["image_px"],

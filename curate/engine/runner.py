@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("curate")
+
+#: Tasks that a worker with a GPU does together, so many of which a kill costs at most.
+_MOST_TOGETHER = 8
 
 #: What may lie in OUT before a run has begun in it.
 _BEFORE_RUN = (".lock", "run.log", storage.TEMPORARY_PREFIX)
@@ -362,8 +366,10 @@ def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
         begun = time.monotonic()
         if left:
             folders = [bound.done_folder(step, table) for table in bound.served(step)]
-            for _task, counts in workers.map(_execute, left, room, step.name, folders):
-                progress.advance(counts)
+            groups = _group(left, step, workers)
+            for _tasks, found in workers.map(_execute, groups, room, step.name, folders):
+                for counts in found:
+                    progress.advance(counts)
         seconds[step.name] = time.monotonic() - begun
         progress.end()
     for name in sorted(room.missing):
@@ -371,28 +377,43 @@ def _run_stage(bound: BoundStage, workers: Workers, progress: Progress) -> None:
     workers.everywhere(stage.release, room)
 
 
+def _group(tasks: list[str], step: Step, workers: Workers) -> list[tuple[str, ...]]:
+    """Put those tasks together that a worker with a GPU does at once."""
+    size = 1
+    if step.run_together is not None:
+        workers.start()  # which knows whether they have one
+        if workers.have_gpus:
+            size = min(_MOST_TOGETHER, math.ceil(len(tasks) / max(1, workers.count)))
+    return [tuple(tasks[first : first + size]) for first in range(0, len(tasks), size)]
+
+
 def _execute(
-    room: Room, step_name: str, done_folders: Sequence[str], task: str
-) -> dict[str, float]:
-    """Run one task on a worker and mark it done."""
+    room: Room, step_name: str, done_folders: Sequence[str], tasks: tuple[str, ...]
+) -> list[dict[str, float]]:
+    """Run tasks on a worker and mark them done."""
     from threadpoolctl import threadpool_limits
 
     step = next(step for step in room.stage.steps() if step.name == step_name)
     begun = time.monotonic()
     try:
         with threadpool_limits(room.threads):
-            counts = step.run(room, task)
+            if len(tasks) > 1 and step.run_together is not None:
+                found = step.run_together(room, tasks)
+            else:
+                found = [step.run(room, task) for task in tasks]
     except CurateError:
         raise
     except OSError as error:
         raise StorageError(
-            f"{room.stage.name}.{step_name}, task {task}: {error}. "
+            f"{room.stage.name}.{step_name}, task {' '.join(tasks)}: {error}. "
             "Run the same command again to resume."
         ) from error
-    record = {"busy_seconds": round(time.monotonic() - begun, 3), **counts}
-    for folder in done_folders:
-        storage.commit_json(storage.join(folder, f"{task}.json"), record)
-    return counts
+    seconds = round((time.monotonic() - begun) / len(tasks), 3)
+    for task, counts in zip(tasks, found, strict=True):
+        for folder in done_folders:
+            record = {"busy_seconds": seconds, **counts}
+            storage.commit_json(storage.join(folder, f"{task}.json"), record)
+    return found
 
 
 def _commit_manifest(bound: BoundStage, table: str, seconds: dict[str, float]) -> None:

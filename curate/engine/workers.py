@@ -14,12 +14,15 @@ from functools import cache
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from curate import __version__, storage
 from curate.errors import ConfigError, CurateError, WorkerError
 
 __all__ = ["ClusterOptions", "Workers", "count_cores", "count_gpus", "keep_freed_memory"]
+
+#: The name of a task, or of several that are done together.
+_Task = TypeVar("_Task", str, tuple[str, ...])
 
 #: Tasks handed to the scheduler ahead of the workers, per worker: enough to keep them busy, few
 #: enough that a run of a million tasks does not live in the scheduler.
@@ -100,6 +103,7 @@ class Workers:
         self._gpus = 0
         self.count = 0
         self.threads = 1
+        self.have_gpus = False
 
     def __enter__(self) -> "Workers":
         return self
@@ -109,9 +113,11 @@ class Workers:
         self._client = self._cluster = None
 
     def map(
-        self, function: Callable[..., Any], tasks: Sequence[str], *arguments: Any
-    ) -> Iterator[tuple[str, Any]]:
+        self, function: Callable[..., Any], tasks: Sequence[_Task], *arguments: Any
+    ) -> Iterator[tuple[_Task, Any]]:
         """Yield (task, `function(*arguments, task)`) as tasks end, in any order.
+
+        A task is a name, or several names of what is done together.
 
         Raises
         ------
@@ -124,7 +130,7 @@ class Workers:
 
         waiting = iter(tasks)
         running = as_completed(loop=client.loop, with_results=False, raise_errors=False)
-        names: dict[str, str] = {}
+        names: dict[str, _Task] = {}
 
         def submit_next() -> None:
             task = next(waiting, None)
@@ -202,6 +208,7 @@ class Workers:
         self.count = _count_local(self._options)
         self.threads = max(1, cores // self.count)
         self._gpus = gpus
+        self.have_gpus = gpus > 0
         _clear_scratch()
         scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
         self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -288,6 +295,7 @@ class Workers:
         storage.commit_bytes(probe, b"seen")
         try:
             answers = client.run(_describe_worker, probe)
+            self.have_gpus = any(client.run(count_gpus).values())
         except ImportError as error:
             raise WorkerError(
                 f"workers: must have curate {__version__} installed; {error}. Install it there."
@@ -416,7 +424,7 @@ def _thread_environment(threads: int) -> dict[str, int]:
     return dict.fromkeys(names, threads)
 
 
-def _result(future: Any, task: str) -> Any:
+def _result(future: Any, task: str | tuple[str, ...]) -> Any:
     from distributed.scheduler import KilledWorker
 
     error = future.exception()
@@ -425,8 +433,9 @@ def _result(future: Any, task: str) -> Any:
     if isinstance(error, CurateError):
         raise error
     if isinstance(error, KilledWorker):
+        name = task if isinstance(task, str) else " ".join(task)
         raise WorkerError(
-            f"task {task}: must not exhaust its worker; the worker died {error.allowed_failures} "
+            f"task {name}: must not exhaust its worker; the worker died {error.allowed_failures} "
             "times (out of memory?). Use fewer --workers, then run again to resume."
         ) from error
     raise error

@@ -182,9 +182,7 @@ def train_clips(
 
     Notes
     -----
-    A GPU takes half of the time that they take one after the other. `score` does not use it: graphs
-    that shared what cuBLAS works in have spoilt each other (see `GraphedSteps`), and that they no
-    longer do has yet to be shown on a GPU.
+    A GPU takes half of the time that they take one after the other.
     """
 
     def begin(inside: Array, seed: int) -> _Training:

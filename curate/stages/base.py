@@ -155,12 +155,16 @@ class Step:
         `tasks(room)`: the names, once all earlier steps are complete.
     tables : tuple of str, optional
         Run the step only if one of these tables is missing; default: any of the stage's.
+    run_together : callable, optional
+        `run_together(room, tasks)` does what `run` does for each of several tasks, and returns the
+        counts of each, where a GPU takes less time for them together than one after the other.
     """
 
     name: str
     run: Callable[[Room, str], dict[str, float]]
     tasks: Callable[[Room], list[str]]
     tables: tuple[str, ...] | None = None
+    run_together: Callable[[Room, Sequence[str]], list[dict[str, float]]] | None = None
 
 
 def shard_tasks(room: Room) -> list[str]:

@@ -20,6 +20,7 @@ from curate.stages.score_clips import (
     collect_pairs,
     fold_vocabulary,
     summarize_clips,
+    train_clip_proxies,
     train_clip_proxy,
     view_shard,
     weigh_company,
@@ -117,7 +118,7 @@ class Score(Stage):
         clips = (
             Step("pairs", collect_pairs, _scored_shards, memorized),
             Step("words", fold_vocabulary, _once_scored, memorized),
-            Step("clips", train_clip_proxy, _clip_tasks, memorized),
+            Step("clips", train_clip_proxy, _clip_tasks, memorized, train_clip_proxies),
             Step("views", view_shard, _scored_shards, memorized),
             Step("slopes", weigh_company, _once_scored, memorized),
         )

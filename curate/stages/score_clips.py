@@ -27,6 +27,7 @@ from curate.stages.score_proxies import trained_clusters
 
 if TYPE_CHECKING:
     from curate.models.clip_proxy import ClipShape
+    from curate.models.train_clip import ClipTraining
 
 __all__ = [
     "CLIP_SHAPE",
@@ -35,6 +36,7 @@ __all__ = [
     "fold_vocabulary",
     "place_pairs",
     "summarize_clips",
+    "train_clip_proxies",
     "train_clip_proxy",
     "view_shard",
     "weigh_company",
@@ -139,23 +141,47 @@ def _shape(words: Array) -> "ClipShape":
 
 def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     """Commit one proxy: weights, the mean of what it left out, and how its training went."""
-    from curate.models.clip_proxy import embed_views, fold_tokens
-    from curate.models.encoders import torch_threads
+    return train_clip_proxies(room, [task])[0]
+
+
+def train_clip_proxies(room: Room, tasks: Sequence[str]) -> list[dict[str, float]]:
+    """Train several proxies at once and commit each."""
+    from curate.models.clip_proxy import fold_tokens
     from curate.models.precision import pick_device, pick_dtype
+    from curate.models.train_clip import ClipRecipe, train_clips
+
+    stage, device = score_stage(room), pick_device()
+    words = np.array(storage.read_array(_path(room, "words.npy")))
+    pixels, tokens, groups, masks = _gather_pairs(room)
+    tokens = fold_tokens(tokens, words)
+    recipe = ClipRecipe(epochs=stage.clip_epochs, dtype=pick_dtype(device))
+    chosen = [(masks[:, int(task)], _seed(room, task)) for task in tasks]
+    trained = train_clips(_shape(words), pixels, tokens, groups, recipe, chosen, device)
+    return [
+        _commit_proxy(room, task, one, (pixels, tokens, groups), inside, recipe.dtype)
+        for task, one, (inside, _) in zip(tasks, trained, chosen, strict=True)
+    ]
+
+
+def _seed(room: Room, task: str) -> int:
+    return score_stage(room).seed * 1000 + int(task)
+
+
+def _commit_proxy(
+    room: Room,
+    task: str,
+    trained: "ClipTraining",
+    pairs: tuple[Array, Array, Array],
+    inside: Array,
+    dtype: str,
+) -> dict[str, float]:
+    from curate.models.clip_proxy import embed_views
+    from curate.models.encoders import torch_threads
+    from curate.models.precision import pick_device
     from curate.models.train import has_rivals
-    from curate.models.train_clip import ClipRecipe, train_clip
     from curate.models.weights import dump_weights
 
-    stage, proxy, device = score_stage(room), int(task), pick_device()
-    words = np.array(storage.read_array(_path(room, "words.npy")))
-    pixels, tokens, groups, inside = _gather_pairs(room, proxy)
-    tokens = fold_tokens(tokens, words)
-    dtype = pick_dtype(device)
-    seed = stage.seed * 1000 + proxy
-    recipe = ClipRecipe(epochs=stage.clip_epochs, dtype=dtype)
-    trained = train_clip(
-        _shape(words), pixels[inside], tokens[inside], groups[inside], recipe, seed, device
-    )
+    pixels, tokens, groups = pairs
     held = np.flatnonzero(~inside)[:_HELD_OUT]
     shown = np.flatnonzero(inside)[:_HELD_OUT]
     with torch_threads(1):
@@ -169,8 +195,8 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     storage.commit_bytes(_path(room, "clips", f"{task}.safetensors"), dump_weights(trained.model))
     count = int(inside.sum())
     record = {
-        "seed": seed,
-        "device": device,
+        "seed": _seed(room, task),
+        "device": pick_device(),
         "dtype": dtype,
         "samples": count,
         "rivals": has_rivals(groups[inside]),
@@ -184,7 +210,7 @@ def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
     }
     storage.commit_json(_path(room, "clips", f"{task}.json"), record)
     return {
-        "samples": count * stage.clip_epochs,
+        "samples": count * score_stage(room).clip_epochs,
         "no_rivals": int(not record["rivals"]),
         "retries": trained.retries,
         "diverged": int(trained.diverged),
@@ -198,16 +224,15 @@ def _recall(image: Array, text: Array, captions: Array) -> float | None:
     return round(float(hits_at(text, image, captions).mean()), 4)
 
 
-def _gather_pairs(room: Room, proxy: int) -> tuple[Array, Array, Array, Array]:
-    """All committed pairs in an order drawn by hash, and which of them the proxy trains on."""
+def _gather_pairs(room: Room) -> tuple[Array, Array, Array, Array]:
+    """All committed pairs in an order drawn by hash, and which of them each proxy trains on."""
     stage = score_stage(room)
     parts: list[tuple[Array, ...]] = []
     uids: list[str] = []
     for shard in room.shards():
         keys = storage.read_table(_path(room, "pairs", f"{shard}.parquet"))
         codes = [keys[name].to_numpy() for name in ("cluster_code", "caption_code")]
-        clusters = keys["cluster"].to_pylist()
-        masks = draw_halves(clusters, stage.clip_proxies, stage.seed)[:, proxy]
+        masks = draw_halves(keys["cluster"].to_pylist(), stage.clip_proxies, stage.seed)
         arrays = [
             storage.read_array(_path(room, "pairs", f"{shard}.{name}.npy"))
             for name in ("pixels", "tokens")
@@ -215,10 +240,10 @@ def _gather_pairs(room: Room, proxy: int) -> tuple[Array, Array, Array, Array]:
         parts.append((*arrays, np.stack(codes, axis=1), masks))
         uids += keys["uid"].to_pylist()
     order = np.argsort(hash_unit(uids, stage.seed, "order"), kind="stable")
-    pixels, tokens, groups, inside = (
+    pixels, tokens, groups, masks = (
         np.concatenate([part[place] for part in parts])[order] for place in range(4)
     )
-    return pixels, tokens, groups, inside
+    return pixels, tokens, groups, masks
 
 
 def view_shard(room: Room, task: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,6 +94,18 @@ def _measure(room: Room, shard: str) -> dict[str, float]:
     for table in room.missing:
         room.commit_shard(table, shard, uids.append_column(*columns[table]))
     return {"samples": len(names)}
+
+
+class Together(Measure):
+    """Leaves word of which tasks were done together."""
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("shards", _measure, shard_tasks, run_together=_measure_together),)
+
+
+def _measure_together(room: Room, tasks: Sequence[str]) -> list[dict[str, float]]:
+    storage.commit_json(room.path("together.json"), list(tasks))
+    return [_measure(room, task) for task in tasks]
 
 
 class NewMeasure(Measure):
@@ -314,6 +326,35 @@ def test_stages_of_a_shorter_pipeline_are_found_again(out: str, source: Path) ->
     found = states(make(source, Measure()), out)
     assert list(found) == ["ingest", "measure.length", "measure.name"]
     assert set(found.values()) == {DONE}
+
+
+@pytest.mark.parametrize("gpus", ["", "0"])
+def test_a_worker_with_a_gpu_does_tasks_together(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    out, log = str(tmp_path / "out"), Log()
+    with lock_output(out):
+        run(make(source, Together()), out, ONE, log)
+    assert log.steps[-1] == ["measure.shards", 3, 3, 5.0]
+    (folder,) = (Path(out) / "stages").glob("measure.length-*")
+    lengths = [len(storage.read_table(str(path))) for path in sorted(folder.glob("shards/*"))]
+    marks = [storage.read_json(str(path)) for path in sorted(folder.glob("done/shards/*"))]
+    assert lengths == [mark["samples"] for mark in marks] == [2, 2, 1]
+    told = folder / "together.json"
+    assert told.exists() == bool(gpus)
+    if gpus:
+        assert storage.read_json(str(told)) == ["00000", "00001", "00002"]
+
+
+def test_tasks_that_fail_together_are_all_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    out = str(tmp_path / "out")
+    with lock_output(out), pytest.raises(StorageError, match="task 00000 00001 00002: "):
+        run(make(source, Together(stumble="00001")), out, ONE, Log())
+    assert run(make(source, Together()), out, ONE, Log())["computed"]
 
 
 def test_unfinished_work_is_resumed(

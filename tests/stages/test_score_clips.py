@@ -28,10 +28,11 @@ from curate.models.clip_proxy import (
     fold_tokens,
     load_clip,
 )
+from curate.models.precision import pick_device
 from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score import Score
-from curate.stages.score_clips import MEMORIZATION
+from curate.stages.score_clips import MEMORIZATION, train_clip_proxies
 from curate.stages.score_inputs import commit_plan, read_plan
 from tests.stages.squares import (
     COLUMNS,
@@ -113,7 +114,7 @@ def _proxy(room: Room, proxy: int, words: int) -> tuple[CLIP, np.ndarray]:
     data = Path(room.path("clips", f"{proxy}.safetensors", table=MEMORIZATION)).read_bytes()
     path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
     shape = ClipShape(words, image_px=32, text_width=64, text_layers=1)
-    return load_clip(data, shape, "cpu"), np.array(storage.read_array(path))
+    return load_clip(data, shape, pick_device()), np.array(storage.read_array(path))
 
 
 def test_scores_are_those_of_the_definition_by_the_committed_proxies() -> None:
@@ -170,6 +171,18 @@ def test_the_mean_left_out_is_that_of_samples_the_proxy_never_saw() -> None:
         nearest = np.argsort(-(text @ image.T)[out][:, out], 1)[:, :10]
         found = np.mean([captions[row] in captions[nearest[row]] for row in range(out.sum())])
         assert record["recall_at_10"] == pytest.approx(found, abs=1e-4)
+
+
+def test_proxies_trained_together_are_those_trained_one_by_one() -> None:
+    _, room, _ = _scored()
+    folder = Path(room.path("clips", table=MEMORIZATION))
+    alone = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in alone:
+        (folder / name).unlink()
+    counts = train_clip_proxies(room, ["0", "3", "1", "2"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == alone
+    seen = [room.stage.facts(room)["clips"][proxy]["samples"] for proxy in (0, 3, 1, 2)]
+    assert [count["samples"] for count in counts] == [STAGE.clip_epochs * one for one in seen]
 
 
 def test_facts_hold_one_record_per_proxy() -> None:
