@@ -220,6 +220,8 @@ def finish_together(
         torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
         for _ in trainings
     ]
+    if on_gpu:
+        torch.cuda.synchronize()  # they read what was put there on another stream
     drawn = [torch.get_rng_state() for _ in trainings]
     while len(outcomes) < len(trainings):
         for place, training in enumerate(trainings):

@@ -150,9 +150,14 @@ def train_clip(
     ClipTraining
         Trained on the mean of the contrastive losses of all pairs of modalities.
     """
+    whose = None
+    if rows is not None and rows.ndim == 2:
+        groups = groups[rows].reshape(len(rows), -1)
+        whose, rows = torch.from_numpy(rows), np.arange(len(rows))
+    samples = _lay_out(pixels, tokens, device)
 
     def fit(model: CLIP) -> _Losses:
-        return _fit(model, pixels, tokens, groups, recipe, rows, disturb or _UNDISTURBED)
+        return _fit(model, samples, groups, recipe, whose, rows, disturb or _UNDISTURBED)
 
     with torch_threads(1):
         return finish(_train(shape, recipe, seed, device, fit))
@@ -182,12 +187,16 @@ def train_clips(
 
     Notes
     -----
-    A GPU takes half of the time that they take one after the other.
+    A GPU takes half of the time that they take one after the other, and holds the samples once.
     """
+    samples = _lay_out(pixels, tokens, device)
 
     def begin(inside: Array, seed: int) -> _Training:
-        part = pixels[inside], tokens[inside], groups[inside]
-        return _train(shape, recipe, seed, device, lambda model: _fit(model, *part, recipe))
+        rows = torch.from_numpy(np.flatnonzero(inside))
+        whose, part = torch.stack([rows, rows], 1), groups[inside]
+        return _train(
+            shape, recipe, seed, device, lambda model: _fit(model, samples, part, recipe, whose)
+        )
 
     with torch_threads(1):
         return finish_together([begin(*one) for one in chosen], device)
@@ -213,26 +222,29 @@ def _train(
     return ClipTraining(model.eval().requires_grad_(False), finite, attempt, diverged)
 
 
+def _lay_out(pixels: Array, tokens: Array, device: str) -> tuple[Tensor, Tensor]:
+    """Put samples where they are trained on, as modalities of pictures and of captions."""
+    pixels = pixels if pixels.ndim == 5 else pixels[None]
+    tokens = tokens if tokens.ndim == 3 else tokens[None]
+    return torch.from_numpy(pixels).to(device), torch.from_numpy(tokens).to(device)
+
+
 def _fit(
     model: CLIP,
-    pixels: Array,
-    tokens: Array,
+    samples: tuple[Tensor, Tensor],
     groups: Array,
     recipe: ClipRecipe,
+    whose: Tensor | None = None,
     rows: Array | None = None,
     disturb: Disturb = _UNDISTURBED,
 ) -> _Losses:
-    """Train in place; see `fit_contrastive`."""
-    pixels = pixels if pixels.ndim == 5 else pixels[None]
-    tokens = tokens if tokens.ndim == 3 else tokens[None]
-    # Of pairs, a step is told the places; of samples, which they are.
-    whose = None
-    if rows is not None and rows.ndim == 2:
-        whose = torch.from_numpy(rows)
-        groups = groups[rows].reshape(len(rows), -1)
-        rows = np.arange(len(rows))
-    device = next(model.parameters()).device
-    images, texts = (torch.from_numpy(part).to(device) for part in (pixels, tokens))
+    """Train in place; see `fit_contrastive`.
+
+    `whose` (M, 2) int64: the samples whose picture and caption each of the `groups` (M, G) is of;
+    all samples in their order if None.
+    """
+    images, texts = samples
+    device = images.device
     on_gpu = device.type == "cuda"
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True,
