@@ -17,7 +17,7 @@ from curate.engine.finished import read_finished, read_run
 from curate.engine.lease import hold
 from curate.engine.manifest import fingerprint, is_complete, provenance
 from curate.engine.workers import ClusterOptions, Workers
-from curate.errors import CurateError, OutputError, ReconcileError, StorageError
+from curate.errors import CurateError, OutputError, ReconcileError, StorageError, WorkerError
 from curate.schema import COLUMNS
 from curate.stages.base import Room, Stage, Step, Table
 from curate.stores import is_http
@@ -37,6 +37,9 @@ _LOG = logging.getLogger("curate")
 
 #: Tasks that a worker with a GPU does together, so many of which a kill costs at most.
 _MOST_TOGETHER = 8
+
+#: How torch says that a GPU's or the machine's memory does not suffice.
+_EXHAUSTED = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 #: What may lie in OUT before a run has begun in it.
 _BEFORE_RUN = (".lock", "run.log", storage.TEMPORARY_PREFIX)
@@ -408,12 +411,24 @@ def _execute(
             f"{room.stage.name}.{step_name}, task {' '.join(tasks)}: {error}. "
             "Run the same command again to resume."
         ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_exhaustion(error):
+            raise
+        raise WorkerError(
+            f"{room.stage.name}.{step_name}, task {' '.join(tasks)}: must fit into memory; "
+            f"{str(error).partition(chr(10))[0]}. Use fewer --workers or smaller batches, then "
+            "run again to resume."
+        ) from error
     seconds = round((time.monotonic() - begun) / len(tasks), 3)
     for task, counts in zip(tasks, found, strict=True):
         for folder in done_folders:
             record = {"busy_seconds": seconds, **counts}
             storage.commit_json(storage.join(folder, f"{task}.json"), record)
     return found
+
+
+def _is_exhaustion(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _EXHAUSTED)
 
 
 def _commit_manifest(bound: BoundStage, table: str, seconds: dict[str, float]) -> None:

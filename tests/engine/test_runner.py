@@ -1,19 +1,22 @@
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from curate import storage
 from curate.config import Pipeline
 from curate.engine.runner import bind, clean, lock_output, plan, run
 from curate.engine.summary import describe_run
 from curate.engine.workers import ClusterOptions
-from curate.errors import InputError, OutputError, ReconcileError, StorageError
+from curate.errors import InputError, OutputError, ReconcileError, StorageError, WorkerError
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
 
 
@@ -106,6 +109,21 @@ class Together(Measure):
 def _measure_together(room: Room, tasks: Sequence[str]) -> list[dict[str, float]]:
     storage.commit_json(room.path("together.json"), list(tasks))
     return [_measure(room, task) for task in tasks]
+
+
+class Greedy(Measure):
+    """Asks for more memory than there is."""
+
+    of_torch: bool = execution_only(False, "of which library")
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("shards", _exhaust, shard_tasks),)
+
+
+def _exhaust(room: Room, shard: str) -> dict[str, float]:
+    stage = room.stage
+    assert isinstance(stage, Greedy)
+    return {"samples": len(torch.empty(1 << 55) if stage.of_torch else np.empty(1 << 55))}
 
 
 class NewMeasure(Measure):
@@ -355,6 +373,20 @@ def test_tasks_that_fail_together_are_all_named(
     with lock_output(out), pytest.raises(StorageError, match="task 00000 00001 00002: "):
         run(make(source, Together(stumble="00001")), out, ONE, Log())
     assert run(make(source, Together()), out, ONE, Log())["computed"]
+
+
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_a_task_without_enough_memory_ends_in_one_line(
+    source: Path, tmp_path: Path, of_torch: bool
+) -> None:
+    out = str(tmp_path / "out")
+    with lock_output(out), pytest.raises(WorkerError) as told:
+        run(make(source, Greedy(of_torch=of_torch)), out, ONE, Log())
+    assert re.fullmatch(
+        r"measure.shards, task \d{5}: must fit into memory; .*allocate.*\. "
+        r"Use fewer --workers or smaller batches, then run again to resume\.",
+        str(told.value),
+    )
 
 
 def test_unfinished_work_is_resumed(
