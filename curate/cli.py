@@ -1,6 +1,7 @@
 """The command line: parse, call, print, exit code."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,16 @@ class _Commands(click.Group):
                 err=True,
             )
             ctx.exit(130)
+
+
+class _Number(click.FloatRange):
+    """A finite number: `nan` is above and below nothing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 _WORKERS = click.option(
@@ -308,8 +319,9 @@ def export(
 @click.option("--seed", default=0, show_default=True, help="Draws these.")
 @click.option("--search/--no-search", default=True, help="Look for copies, and test deja vu.")
 @click.option("--drop-overlap", is_flag=True, help="Leave out held-out pairs that were trained on.")
-@click.option("--max-memorization", type=float, help="Exit 3 above this mean.")
-@click.option("--max-harmful", type=float, help="Exit 3 above this share memorized and wrong.")
+@click.option("--max-memorization", type=_Number(), help="Exit 3 above this mean.")
+@click.option("--max-harmful", type=_Number(0, 1),
+              help="Exit 3 above this share memorized and wrong.")  # fmt: skip
 @click.option("--track", type=click.Choice(["mlflow", "wandb"]), help="Log the figures there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def audit(
@@ -362,7 +374,7 @@ def audit(
 )  # fmt: skip
 @click.option("--labels", metavar="FILE", help="Table of uid and label, for zero-shot accuracy.")
 @click.option(
-    "--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.15,
+    "--held-out", type=_Number(0, 1, min_open=True, max_open=True), default=0.15,
     show_default=True, help="Share of the clusters held out to judge, others by each seed.",
 )  # fmt: skip
 @click.option(
@@ -372,9 +384,9 @@ def audit(
     "--limit", type=click.IntRange(1), default=20_000, show_default=True,
     help="Samples that are trained on or held out at most.",
 )  # fmt: skip
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
+@click.option("--seeds", type=click.IntRange(2), default=3, show_default=True,
               help="Students per setting at most.")  # fmt: skip
-@click.option("--epochs", type=click.FloatRange(0, min_open=True),
+@click.option("--epochs", type=_Number(0, min_open=True),
               help="Passes over the data that a student's steps amount to.")  # fmt: skip
 @click.option("--weighted", is_flag=True, help="Draw samples by their weights while training.")
 @click.option("--controls/--no-controls", default=True,
@@ -425,7 +437,7 @@ def clean(out: str) -> None:
     from curate.engine.finished import read_finished, read_run
 
     if read_run(out) is None:
-        read_finished(out, "remove the folder")  # the lock would make what is not there
+        read_finished(out)  # the lock would make what is not there
     with runner.lock_output(out):
         removed = runner.clean(out)
     for name in removed:

@@ -5,12 +5,14 @@ noise goes around the loss, the mask onto the model, and the batches in place of
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from curate.errors import ConfigError
 from curate.memorization.folds import hash_unit
@@ -33,7 +35,7 @@ class EmbeddingNoise(nn.Module):
     Raises
     ------
     ConfigError
-        If a sigma is negative.
+        If a sigma is negative or not finite.
 
     References
     ----------
@@ -45,8 +47,8 @@ class EmbeddingNoise(nn.Module):
         self.sigma = dict(sigma) if isinstance(sigma, Mapping) else float(sigma)
         self.renormalise = renormalise
         values = self.sigma.values() if isinstance(self.sigma, dict) else [self.sigma]
-        if min(values, default=0.0) < 0:
-            raise ConfigError(f"EmbeddingNoise: sigma must be at least 0; got {sigma}.")
+        if not all(0 <= value < math.inf for value in values):
+            raise ConfigError(f"EmbeddingNoise: sigma must be finite, at least 0; got {sigma}.")
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return (B, D) unit vectors by modality with noise; unchanged in evaluation mode."""
@@ -262,8 +264,9 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
         Parameters
         ----------
         scores : mapping of str to float
-            Higher: more memorized. See `curate.audit.measure`.
+            Higher: more memorized; NaN: unknown. See `curate.audit.measure`.
         """
+        scores = {uid: score for uid, score in scores.items() if not math.isnan(score)}
         count = max(1, round(self._share * len(scores))) if scores else 0
         best = heapq.nsmallest(count, scores, key=lambda uid: (-scores[uid], uid))
         self.targets = frozenset(best)
@@ -271,7 +274,11 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield lists of samples; a list holds targets alone, or none but in the last ones."""
         waiting: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        for sample in self._samples:
+        samples, worker = iter(self._samples), get_worker_info()
+        if worker is not None and isinstance(self._samples, Sequence):
+            # What `curate.load` returns parts itself among the workers of a DataLoader.
+            samples = islice(samples, worker.id, None, worker.num_workers)
+        for sample in samples:
             is_target = sample["uid"] in self.targets
             batch = waiting[is_target]
             batch.append(self._augment(sample) if is_target else sample)

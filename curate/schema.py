@@ -102,7 +102,7 @@ _ALL = (
     Column("mismatch_probability_stderr", pa.float32(), "[0, 1]", "", "standard error over cross-fitted detectors", "score", "decisions"),
     Column("rarity", pa.float32(), "[0, 1]", "higher: rarer", "rank of the mean distance to the 10th nearest neighbour outside the cluster, over both modalities", "score", "both"),
     Column("caption_information", pa.float32(), "[0, 1]", "higher: says more", "how far the caption narrows down pictures, right or wrong; 1: as the typical one or more, 0: fits all", "score", "both"),
-    Column("memorization_kind", pa.string(), "none | beneficial | harmful", "", "none: generalised; beneficial: memorized, caption probably right; harmful: memorized, caption probably wrong; an outlier to both modalities counts by its caption too, for nothing tells it from the rare and right; null without memorization_score", "score", "both"),
+    Column("memorization_kind", pa.string(), "none | beneficial | harmful", "", "none: generalised; beneficial: memorized, caption probably right; harmful: memorized, caption probably wrong; an outlier to both modalities counts by its caption too, for nothing tells it from the rare and right; null without memorization_score and its error", "score", "both"),
     Column("keep", pa.bool_(), "", "", "whether the sample is in shards/", "select", "decisions"),
     Column("reason", pa.string(), "reason code", "", "first rule that the sample failed; null if kept", "select", "decisions"),
     Column("failed_rules", pa.list_(pa.string()), "reason codes", "", "every rule that the sample failed", "select", "decisions"),

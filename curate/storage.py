@@ -42,6 +42,7 @@ __all__ = [
     "expand_braces",
     "filesystem",
     "has_direction",
+    "is_file",
     "is_local",
     "join",
     "join_aligned",
@@ -97,6 +98,12 @@ def exists(url: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def is_file(url: str) -> bool:
+    """Tell whether a local file, and no folder, is at `url`; stores have no folders."""
+    fs, path = filesystem(url)
+    return isinstance(fs, LocalFileSystem) and bool(fs.isfile(path))
 
 
 def list_names(folder: str) -> list[str]:

@@ -114,6 +114,15 @@ def test_targets_get_batches_of_their_own_and_are_augmented() -> None:
     assert sorted(s["uid"] for batch in whole for s in batch) == sorted(s["uid"] for s in samples)
     with pytest.raises(ConfigError, match="share in"):
         TargetedBatches(samples, 8, lambda sample: sample, share=0)
+    batches.update({"a": float("nan"), "b": 1.0, "c": 0.0, "d": 0.0, "e": 0.0, "f": 0.0})
+    assert batches.targets == {"b"}
+
+
+def test_workers_of_a_loader_share_a_list() -> None:
+    samples = [{"uid": str(number)} for number in range(40)]
+    batches = TargetedBatches(samples, 8, lambda sample: sample, drop_last=False)
+    loader = DataLoader(batches, batch_size=None, num_workers=2, collate_fn=lambda batch: batch)
+    assert sorted(s["uid"] for batch in loader for s in batch) == sorted(s["uid"] for s in samples)
 
 
 def test_all_together_with_curated_weights_in_the_loop_of_open_clip(tmp_path: Path) -> None:

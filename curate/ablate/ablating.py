@@ -268,7 +268,12 @@ def _summarize(lines: list[Line], pairs: Pairs, labels: Labels | None) -> dict[s
     )
     parts: dict[str, Array | None] = {"all": None}
     if pairs.rare is not None:
-        parts |= {"rare": pairs.rare, "rest": ~pairs.rare}
+        parts |= {
+            name: part
+            for name, part in (("rare", pairs.rare), ("rest", ~pairs.rare))
+            # An interval takes two of each seed.
+            if min(part[pairs.held(seed)].sum() for seed in loosest.outcomes) >= 2
+        }
     labelled = None if labels is None else labels.places >= 0
     rows = []
     for line in lines:

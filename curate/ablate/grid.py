@@ -150,6 +150,13 @@ def read_grid(path: str) -> list[Setting]:
             f"{path}: must be a list of settings, each a mapping such as "
             "`- {select.max_mismatch_rate: 0.05}`; it is not. Mend it."
         )
+    try:
+        json.dumps(found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: must hold numbers, texts, true, false, null and lists of them; {error}. "
+            "Mend it."
+        ) from error
     settings = [Setting({str(name): value for name, value in one.items()}) for one in found]
     for setting in settings:
         _check_names(path, setting)

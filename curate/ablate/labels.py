@@ -75,12 +75,13 @@ def _read_columns(option: str, path: str, names: tuple[str, ...]) -> list[list[s
     with readable(path, what):
         table = _read(path, names)
     for name in names:
-        if name not in table.column_names:
+        if table.column_names.count(name) != 1:
             shown = ", ".join(table.column_names[:12]) or "none"
             raise InputError(
-                f"{option} {path}: must have the column {name}; got {shown}. Rename one."
+                f"{option} {path}: must have the column {name} once; got {shown}. Rename one."
             )
-    return [table[name].cast(pa.string()).to_pylist() for name in names]
+    with readable(path, what):
+        return [table[name].cast(pa.string()).to_pylist() for name in names]
 
 
 def _read(path: str, names: tuple[str, ...]) -> pa.Table:

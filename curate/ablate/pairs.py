@@ -154,10 +154,12 @@ def choose_pairs(
     fewest = min(len(pairs.held(number)) for number in range(seeds))
     if fewest < LEAST_HELD_OUT:
         option = f"--held-out {share:g}" if named is None else "--held-out-list"
+        advice = "Raise it" if named is not None or share * seeds < 1 else "Take fewer --seeds"
+        advice += " or --limit" if table["usable"].to_numpy(False).sum() > limit else ""
         raise InputError(
             f"{option}: must leave every seed at least {LEAST_HELD_OUT} pairs of different "
-            f"clusters and captions to judge by; got {fewest} of {len(rows)} usable samples. Raise "
-            "it or --limit, take fewer --seeds, or run on more."
+            f"clusters and captions to judge by; got {fewest} of {len(rows)} usable samples. "
+            f"{advice}, or run on more."
         )
     return pairs
 

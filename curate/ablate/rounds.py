@@ -112,7 +112,7 @@ def plan_lines(
         trainings.append(Training(one, places, weight, trained_on[0], size, _captions(one, pairs)))
     trainings.sort(key=lambda training: -training.size)
     lines = [Line(own.decided.setting.name, "setting", own) for own in trainings]
-    if len({_identity(line, pairs, 0) for line in lines}) < 2:
+    if len({_identity(line, trainings[0], 0) for line in lines}) < 2:
         raise ConfigError(
             "--grid: must hold settings that differ; on this run all keep the same samples. Widen "
             "it."
@@ -164,13 +164,15 @@ def _members(line: Line, loosest: Training, pairs: Pairs, seed: int) -> tuple[Ar
     return chosen, np.ones(count)
 
 
-def _identity(line: Line, pairs: Pairs, seed: int) -> str:
+def _identity(line: Line, loosest: Training, seed: int) -> str:
     """Name what a line's student trains on; equal for lines that keep the same."""
     drawn = seed if line.kind == "random" else 0
+    drawn_from = [] if line.kind == "setting" else loosest.places.tolist()
     training, mitigation = line.training, _mitigation(line)
     numbers = fingerprint([training.places.tolist(), np.round(training.weight, 6).tolist()])
     captions = training.captions.tolist() if mitigation.captions > 1 else []
-    return fingerprint([numbers, line.kind, drawn, asdict(mitigation), captions])
+    made_of = [numbers, line.kind, drawn, asdict(mitigation), captions]
+    return fingerprint([*made_of, drawn_from] if drawn_from else made_of)
 
 
 def _mitigation(line: Line) -> Mitigation:
@@ -206,7 +208,7 @@ class Rounds:
         for seed in seeds:
             for line in self.lines:
                 if not line.stopped:
-                    task = f"{_identity(line, self._pairs, seed)}-{seed}"
+                    task = f"{_identity(line, self.settings[0].training, seed)}-{seed}"
                     found.setdefault(task, []).append((line, seed))
         return found
 

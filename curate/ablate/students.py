@@ -122,6 +122,8 @@ def commit_data(
 
 
 def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
+    from threadpoolctl import threadpool_limits
+
     from curate.models.train import fit_front
 
     sides: dict[str, Array] = {}
@@ -135,7 +137,8 @@ def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
     fronts: dict[str, Array] = {}
     for name, vectors in sides.items():
         # Of all, for every seed: it knows neither which belong together nor what any setting keeps.
-        mean, front = fit_front(vectors, _FRONT_WIDTH)
+        with threadpool_limits(1):  # more would add up in another order
+            mean, front = fit_front(vectors, _FRONT_WIDTH)
         fronts |= {f"{name}-mean": mean, f"{name}-front": front}
     return sides | fronts
 

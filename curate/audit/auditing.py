@@ -14,6 +14,7 @@ from curate.audit.sources import Known, Request, open_source
 from curate.engine.runner import Progress
 from curate.errors import (
     ConfigError,
+    InputError,
     LimitExceededError,
     OutputError,
 )
@@ -67,8 +68,12 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
     results, tables = [], []
     progress.begin("audit", "checkpoints", len(paths), 0)
     for number, path in enumerate(paths):
-        model = source.load(path)
-        found = measure(model, reference, known.clusters.tolist())
+        try:
+            model = source.load(path)
+            found = measure(model, reference, known.clusters.tolist())
+        except InputError as error:
+            where = "" if str(error).startswith(path) else f"{path}: "
+            raise InputError(f"{where}{error}") from error
         recall = _recall(known, model, reference)
         results.append(_summarize(path, number, found, known, recall))
         if request.output:

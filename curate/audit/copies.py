@@ -157,8 +157,9 @@ def find_copies(
                     found.add((row, place))
                     if place >= border:
                         overlap.setdefault(place - border, name)
-        for uid in part.uids:
-            if uid in uids:
+        for uid, digest in zip(part.uids, looks.sha256, strict=True):
+            # Of two inputs, equal names alone say nothing: both may have a 000.jpg.
+            if uid in uids and known[1].sha256[uids[uid]] == digest:
                 overlap[uids[uid]] = "uid"
         for row, place in _near(looks, known):
             found.add((row, place))

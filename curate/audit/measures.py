@@ -126,7 +126,9 @@ class Estimate:
     p_value: float
 
 
-def estimate(values: Array, clusters: Array, baseline: Array | None = None) -> Estimate | None:
+def estimate(
+    values: Array, clusters: Array, baseline: Array | None = None, shared: float = 0.0
+) -> Estimate | None:
     """Estimate the mean of values, beyond that of a baseline; None below two clusters.
 
     Parameters
@@ -137,6 +139,9 @@ def estimate(values: Array, clusters: Array, baseline: Array | None = None) -> E
     baseline : (M,) floating, optional
         Its mean is taken off the mean, its median before the sign test, whose p-value allows for
         the median's own error.
+    shared : float
+        Standard error that all values have in common, which no number of them makes smaller. The
+        p-value is then that of the mean's t, if it is higher.
 
     References
     ----------
@@ -158,6 +163,9 @@ def estimate(values: Array, clusters: Array, baseline: Array | None = None) -> E
         share = signs.share_positive
         spread = 0.5 * np.sqrt(1 / max(signs.count, 1) + 1 / len(baseline))
         p_value = float(2 * norm.sf(abs(share - 0.5) / spread))
+    if shared:
+        error = float(np.hypot(error, shared))
+        p_value = max(p_value, float(2 * t.sf(abs(mean) / error, freedom)))
     within = float(t.ppf((1 + _CONFIDENCE) / 2, freedom)) * error
     return Estimate(
         found.samples, found.clusters, mean, error, mean - within, mean + within, share, p_value
@@ -276,12 +284,13 @@ def measure(
             first, second = (own[0], own[1]), (other[0], other[1])
             rest, rest_other = (held[0], held[1]), (other_held[0], other_held[1])
             forms["clipmem"] = scores["clipmem"] = clipmem(first, second, rest, rest_other)
-        forms["multimem_held_out"] = held_gain
+        errors = _held_out_errors([(own, held), (other, other_held)])
         for name, values in forms.items():
-            groups = np.arange(len(values)) if name == "multimem_held_out" else ids
-            estimates[name] = _must(estimate(values, groups), name)
+            estimates[name] = _must(estimate(values, ids, shared=errors[name]), name)
+        everyone = np.arange(len(held_gain))
+        estimates["multimem_held_out"] = _must(estimate(held_gain, everyone), "held-out")
         warnings += _seen_by_reference(
-            scores["alignment_reference"], held_reference, estimates["multimem"]
+            scores["alignment_reference"], held_reference, ids, estimates["multimem"]
         )
     middle = float(held_gain.mean())
     scores = {"memorization": gain - middle, **scores}
@@ -297,7 +306,7 @@ def measure(
     coherence = alignment - len(own) / 2 + 1
     kinds = tell_kinds(scores["memorization"], spread, coherence, np.zeros(number))
     memorized = np.array([kind == "beneficial" for kind in kinds])
-    auc, p_value = _compare(gain, held_gain)
+    auc, p_value = _compare(gain, held_gain, ids)
     return Measures(scores, held_scores, memorized, estimates, auc, p_value, warnings)
 
 
@@ -350,15 +359,51 @@ def _small_panel(clusters: int, held_out: int) -> list[str]:
     ]
 
 
-def _compare(values: Array, others: Array) -> tuple[float, float]:
-    """Probability that a value exceeds another, ties half, and of as much by chance."""
+def _held_out_errors(models: Sequence[tuple[list[Array], list[Array]]]) -> dict[str, float]:
+    """Standard errors of means by form: what another draw of held-out samples would change.
+
+    All candidates are compared with the same held-out mean, whose error more of them do not
+    average out. `models` are candidates and held-out samples under the model and the reference.
+    """
+    number = len(models[0][0])
+    whole, crossed = [], []
+    for own, held in models:
+        middles = [part.reshape(-1, part.shape[-1]).mean(0, dtype=np.float64) for part in own]
+        rows = [part if part.ndim == 2 else part.mean(0) for part in held]
+        every = sum(rows, start=np.zeros(1)) @ sum(middles, start=np.zeros(1))
+        whole.append(every)
+        crossed.append(every - sum(row @ middle for row, middle in zip(rows, middles, strict=True)))
+
+    def error(both: list[Array]) -> float:
+        difference = both[0] - both[1]
+        return float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+    raw = error(whole) / 2
+    return {
+        "multimem": raw,
+        "multimem_pair_mean": raw / (number * (number - 1) / 2),
+        "multimem_per_modality": raw / (number - 1),
+        "clipmem": error(crossed),
+    }
+
+
+def _compare(values: Array, others: Array, clusters: Array) -> tuple[float, float]:
+    """Probability that a value exceeds another, ties half, and of as much by chance.
+
+    The latter over means of clusters, as copies are not independent.
+    """
     found = mannwhitneyu(values, others, alternative="two-sided", method="asymptotic")
-    return float(found.statistic / (len(values) * len(others))), float(found.pvalue)
+    ids, sizes = np.unique(clusters, return_inverse=True, return_counts=True)[1:]
+    means = np.bincount(ids, values) / sizes
+    by_chance = mannwhitneyu(means, others, alternative="two-sided", method="asymptotic")
+    return float(found.statistic / (len(values) * len(others))), float(by_chance.pvalue)
 
 
-def _seen_by_reference(own: Array, held_out: Array, difference: Estimate) -> list[str]:
+def _seen_by_reference(
+    own: Array, held_out: Array, clusters: Array, difference: Estimate
+) -> list[str]:
     """Tell if the reference itself fits candidates better than held-out samples."""
-    auc, p_value = _compare(own, held_out)
+    auc, p_value = _compare(own, held_out, clusters)
     if auc <= 0.5 or p_value >= _SURE:
         return []
     return [

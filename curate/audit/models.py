@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -82,8 +83,7 @@ def read_folder(folder: str) -> Embeddings:
 def find_shared(given: Embeddings) -> Array:
     """Find held-out samples whose embeddings are those of a candidate, number by number.
 
-    Of candidates that are equal to each other nothing is told: a model that makes the same of all
-    would share everything.
+    Of a model that makes the same of all nothing is told: everything would be shared.
 
     Returns
     -------
@@ -94,18 +94,17 @@ def find_shared(given: Embeddings) -> Array:
         np.concatenate([np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in side], axis=1)
         for side in given.arrays()
     )
-    whose: dict[bytes, int] = {}
-    for row in candidates:
-        key = row.tobytes()
-        whose[key] = whose.get(key, 0) + 1
-    shared = [place for place, row in enumerate(held_out) if whose.get(row.tobytes()) == 1]
+    known = {row.tobytes() for row in candidates}
+    if len(known) == 1:
+        return np.zeros(0, np.int64)
+    shared = [place for place, row in enumerate(held_out) if row.tobytes() in known]
     return np.array(shared, np.int64)
 
 
 def _read_array(path: Path) -> Array:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
         raise InputError(f"{path}: must be an array of numbers; {error}. Write it anew.") from error
     return _unit(str(path), array)
 

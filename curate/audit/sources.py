@@ -124,11 +124,12 @@ class Folders:
         first = read_folder(paths[0])
         number = np.shape(next(iter(first.candidates.values())))[-2]
         names = Path(paths[0], "candidates", "uids.txt")
-        uids = (
-            names.read_text("utf-8").split() if names.is_file() else list(map(str, range(number)))
-        )
-        if len(uids) != number:
-            raise InputError(f"{names}: must hold {number} uids, one a line; got {len(uids)}.")
+        uids = _read_uids(names) if names.is_file() else list(map(str, range(number)))
+        if len(set(uids)) != number or len(uids) != number:
+            raise InputError(
+                f"{names}: must hold {number} uids, one a line and none twice; got {len(uids)}, "
+                f"{len(set(uids))} of them different."
+            )
         self.known = Known(uids, np.array(uids, str))
         self.known.warnings.append(
             "held-out samples were compared with the candidates by equal embeddings alone"
@@ -157,10 +158,23 @@ class Folders:
         """Read one folder."""
         found = read_folder(path)
         names = found.held_out
-        if not len(self._shared) or np.shape(next(iter(names.values())))[-2] != self._count:
+        count = np.shape(next(iter(names.values())))[-2]
+        if count != self._count:
+            raise InputError(
+                f"{path}: must hold the {self._count} held-out samples of the first folder; got "
+                f"{count}. Embed the same with all models."
+            )
+        if not len(self._shared):
             return found
         rest = {name: np.delete(rows, self._shared, axis=-2) for name, rows in names.items()}
         return Embeddings(found.candidates, rest)
+
+
+def _read_uids(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: must be UTF-8; {error}. Write it anew.") from error
 
 
 class Checkpoints:
@@ -318,8 +332,10 @@ def _take_run(known: Known, run: str) -> None:
     found = join_run(run, known.uids)
     known.clusters = found.pop("cluster_id")
     sizes = found.pop("cluster_size")
-    seen = known.columns.get("seen", np.ones(len(sizes)))
-    known.columns["seen"] = np.where(np.isfinite(sizes), sizes, seen)
+    if "seen" not in known.columns:
+        # Of what the run kept one of each cluster was left to train on.
+        kept = (found["kept"] == 1).all()
+        known.columns["seen"] = np.where(np.isfinite(sizes) & ~kept, sizes, 1.0)
     for name, values in found.items():
         if np.isfinite(values).any():
             known.columns[name] = values

@@ -50,8 +50,10 @@ def read_finished(out: str, otherwise: str = "name another folder") -> dict[str,
     found = read_run(out)
     if found is None:
         got = "it holds no run.json" if storage.exists(out) else "there is no such folder"
+        got = "it is a file" if storage.is_file(out) else got
         raise OutputError(
-            f"{out}: must hold a finished run; {got}. Make one with `curate run`, or {otherwise}."
+            f"{out}: must hold a finished run; {got}. Make one with `curate run`, or name another "
+            "folder."
         )
     if found.get("status") != "finished":
         got = "the one in it has not ended" if found else "its run.json is damaged"

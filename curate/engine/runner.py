@@ -39,7 +39,7 @@ _LOG = logging.getLogger("curate")
 _MOST_TOGETHER = 8
 
 #: How torch says that a GPU's or the machine's memory does not suffice.
-_EXHAUSTED = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+_EXHAUSTED = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
 
 #: What may lie in OUT before a run has begun in it.
 _BEFORE_RUN = (".lock", "run.log", storage.TEMPORARY_PREFIX)
@@ -265,6 +265,8 @@ def lock_output(out: str, mark: str = "run.json", holds: str = "run") -> Iterato
 def _check_ours(out: str, mark: str = "run.json", holds: str = "run") -> None:
     """Refuse what holds something else, see `lock_output`."""
     _check_store(out)
+    if storage.is_file(out):
+        raise OutputError(f"{out}: must be a folder; it is a file. Choose another --output.")
     names = [name for name in storage.list_names(out) if not name.startswith(_BEFORE_RUN)]
     if names and mark not in names:
         raise OutputError(
@@ -399,11 +401,8 @@ def _execute(
     step = next(step for step in room.stage.steps() if step.name == step_name)
     begun = time.monotonic()
     try:
-        with threadpool_limits(room.threads):
-            if len(tasks) > 1 and step.run_together is not None:
-                found = step.run_together(room, tasks)
-            else:
-                found = [step.run(room, task) for task in tasks]
+        with threadpool_limits(1 if room.stage.single_threaded else room.threads):
+            found = _run_tasks(room, step, tasks)
     except CurateError:
         raise
     except OSError as error:
@@ -416,8 +415,8 @@ def _execute(
             raise
         raise WorkerError(
             f"{room.stage.name}.{step_name}, task {' '.join(tasks)}: must fit into memory; "
-            f"{str(error).partition(chr(10))[0]}. Use fewer --workers or smaller batches, then "
-            "run again to resume."
+            f"{str(error).partition(chr(10))[0] or type(error).__name__}. Use fewer --workers or "
+            "smaller batches, then run again to resume."
         ) from error
     seconds = round((time.monotonic() - begun) / len(tasks), 3)
     for task, counts in zip(tasks, found, strict=True):
@@ -425,6 +424,17 @@ def _execute(
             record = {"busy_seconds": seconds, **counts}
             storage.commit_json(storage.join(folder, f"{task}.json"), record)
     return found
+
+
+def _run_tasks(room: Room, step: Step, tasks: tuple[str, ...]) -> list[dict[str, float]]:
+    if len(tasks) > 1 and step.run_together is not None:
+        try:
+            return step.run_together(room, tasks)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_exhaustion(error):
+                raise
+        # A small GPU does one after the other.
+    return [step.run(room, task) for task in tasks]
 
 
 def _is_exhaustion(error: Exception) -> bool:

@@ -33,12 +33,10 @@ _BLOCK_BYTES = 2**26
 
 def embeddings(where: str, values: Array, dimensions: int | None = None) -> Array:
     """Check one array, of that many dimensions if given, and return it as (K, N, D)."""
-    array = np.asarray(values)
+    array = _plain(where, values)
     form = "(N, D)" if dimensions == 2 else "(N, D) or (K, N, D)"
     if array.ndim not in ({2, 3} if dimensions is None else {dimensions}):
         raise ValueError(f"{where}: must be {form}; got shape {array.shape}")
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"{where}: must hold real numbers; got {array.dtype}")
     if 0 in array.shape:
         raise ValueError(f"{where}: must hold at least one sample; got shape {array.shape}")
     array = array[None] if array.ndim == 2 else array
@@ -117,7 +115,7 @@ def held_out_means(where: str, held_out: Sequence[Array], samples: list[Array]) 
 
 def finite_row(where: str, values: Array) -> Array:
     """Check one row of finite numbers and return it as float64."""
-    array = np.asarray(values, np.float64)
+    array = _plain(where, values).astype(np.float64)
     if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
         finite = int(np.isfinite(array).sum())
         raise ValueError(
@@ -134,14 +132,26 @@ def same_samples(first: Array, second: Array) -> None:
         )
 
 
+def _plain(where: str, values: Array) -> Array:
+    """Check that values are real numbers, all of them."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{where}: must not be masked; leave out the rows that are")
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{where}: must hold real numbers; got {array.dtype}")
+    return array
+
+
 def positive(where: str, value: float) -> None:
-    """Check a setting that must be positive and finite."""
-    if not 0 < value < np.inf:
+    """Check a setting that float32 is divided by."""
+    if not np.finfo(np.float32).tiny <= value < np.inf:
         raise ValueError(f"{where}: must be positive; got {value}")
 
 
 def at_least(where: str, value: int, least: int) -> None:
-    """Check a setting that has a smallest value."""
+    """Check a whole number that has a smallest value."""
+    if not isinstance(value, int | np.integer):
+        raise ValueError(f"{where}: must be a whole number; got {value}")
     if value < least:
         raise ValueError(f"{where}: must be at least {least}; got {value}")
 

@@ -9,6 +9,7 @@ real pairs hold some mismatches too; how many is estimated from how far the two 
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -260,7 +261,7 @@ def fit_detector(features: Array, bits: Array, rungs: Array, folds: Array) -> De
     weights, intercepts = _cross_fit(inputs, phantom, folds, sound)
     easy = rungs <= 0
     scores = _own_scores(inputs[easy], weights, intercepts, folds[easy, 0])
-    edges = _cut_strata(bits[easy], phantom[easy])
+    edges = _cut_strata(bits[easy], phantom[easy], folds[easy, 0])
     strata = np.searchsorted(edges, bits[easy], "right")
     shares = _estimate_shares(scores, phantom[easy], strata, len(edges) + 1)
     calibration = np.stack(
@@ -273,13 +274,19 @@ def fit_detector(features: Array, bits: Array, rungs: Array, folds: Array) -> De
     return Detector(centre, spread, weights, intercepts, edges, calibration, shares, share, error)
 
 
-def _cut_strata(bits: Array, phantom: Array) -> Array:
-    """Quantiles of the real pairs that part the strata; none where ties leave one too small."""
+def _cut_strata(bits: Array, phantom: Array, folds: Array) -> Array:
+    """Quantiles of the real pairs that part the strata.
+
+    None where ties leave a stratum too small, or a large cluster does once its fold is left out.
+    """
     count = int(np.clip((~phantom).sum() // _STRATUM_PAIRS, 1, _STRATA))
     edges: Array = np.quantile(bits[~phantom], np.arange(1, count) / count)
     strata = np.searchsorted(edges, bits, "right")
-    sizes = [np.bincount(strata[kind], minlength=count).min() for kind in (phantom, ~phantom)]
-    return edges if min(sizes) >= _STRATUM_PAIRS / 2 else np.zeros(0)
+    least = [(_STRATUM_PAIRS / 2, -1), *((_LEAST_PAIRS, fold) for fold in range(DETECTORS))]
+    for (enough, fold), kind in product(least, (phantom, ~phantom)):
+        if np.bincount(strata[kind & (folds != fold)], minlength=count).min() < enough:
+            return np.zeros(0)
+    return edges
 
 
 def _estimate_shares(scores: Array, phantom: Array, strata: Array, count: int) -> Array:

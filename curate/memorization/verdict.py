@@ -90,7 +90,7 @@ def tell_kinds(
     -------
     list of str or None
         `none`: generalised; `harmful`: memorized and mismatched; `beneficial`: memorized and, by
-        the evidence, correct. None where score or probability is unknown.
+        the evidence, correct. None where score, its error or the probability is unknown.
 
     Notes
     -----
@@ -99,8 +99,8 @@ def tell_kinds(
     spaces, or distance from the mean picture, holds on one corpus and fails on the next
     (`benchmarks.outliers`).
     """
-    memorized = score > _SURE * np.nan_to_num(stderr)
+    memorized = score > _SURE * stderr
     memorized &= score > _MEMORIZED_SHARE * np.maximum(coherence_in - 1, 0)
-    known = np.isfinite(score) & np.isfinite(mismatch)
+    known = np.isfinite(score) & np.isfinite(stderr) & np.isfinite(mismatch)
     kinds = np.where(memorized, np.where(mismatch >= _WRONG, "harmful", "beneficial"), "none")
     return [str(kind) if sure else None for kind, sure in zip(kinds, known, strict=True)]

@@ -164,8 +164,13 @@ def load_checkpoint(model: str, path: str, device: str, where: str = "--model") 
     import open_clip
 
     name = _known_model(open_clip, model, where)
-    with _no_word_of_weights():
-        loaded, _, transform = open_clip.create_model_and_transforms(name)
+    try:
+        with _no_word_of_weights():
+            loaded, _, transform = open_clip.create_model_and_transforms(name)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{where} {model}: must describe a model that open_clip can make; {error}. Correct it."
+        ) from error
     fit_weights(loaded, read_weights(path), f"{path}: must hold weights of {name}")
     return _OpenClip(name, loaded, transform, device)
 
@@ -188,7 +193,13 @@ def _known_model(open_clip: Any, model: str, where: str) -> str:
     if where == "--model":
         wanted += ", or a .json file that describes one"
         if model.endswith(".json") and Path(model).is_file():
-            open_clip.add_model_config(model)
+            try:
+                open_clip.add_model_config(model)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{where} {model}: must be a JSON file that describes a model; {error}. "
+                    "Correct it."
+                ) from error
             name = Path(model).stem
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1)

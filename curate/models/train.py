@@ -162,8 +162,8 @@ def train_heads(
             torch.manual_seed(seed + attempt * 1_000_003)
             heads, white = _start(shape, fronts, pairs)
             losses = _fit(heads, white, groups, recipe, observe)
-            diverged = not has_learned(losses)
-            if not diverged or recipe.epochs == 0:
+            diverged = recipe.epochs > 0 and not has_learned(losses)
+            if not diverged:
                 break
         if diverged:
             heads, _ = _start(shape, fronts, pairs)

@@ -185,6 +185,8 @@ class Stage(BaseModel):
     name: ClassVar[str]
     #: Raised by whoever changes what the stage computes from the same inputs and parameters.
     version: ClassVar[int] = 1
+    #: Whether results depend on how many threads add up a sum, so that a task has one.
+    single_threaded: ClassVar[bool] = False
     #: Folders within the first table's folder that become OUT/<name> when the run ends.
     publishes: ClassVar[tuple[str, ...]] = ()
     #: Whether it also reads the columns of all plug-ins of other packages (`Room.further`).

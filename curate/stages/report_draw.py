@@ -502,7 +502,10 @@ def _warn(first: _Pass, totals: dict[str | None, int]) -> list[str]:
     lines = []
     unreadable = sum(totals.get(code, 0) for code in _UNREADABLE)
     if unreadable > 0.05 * samples:
-        lines.append(f"{unreadable / samples:.1%} of samples could not be read")
+        lines.append(
+            f"{unreadable / samples:.1%} of samples could not be used: unreadable, or without a "
+            "caption"
+        )
     if first.silent > 0.2 * samples:
         lines.append(
             f"{first.silent / samples:.1%} of captions say next to nothing about their picture "

@@ -56,7 +56,8 @@ class Score(Stage):
     """Alignment under in- and out-proxies, probability of mismatch, rarity."""
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
+    single_threaded: ClassVar[bool] = True
 
     proxy: Literal["heads", "clip"] = Field(
         "heads",
@@ -68,7 +69,10 @@ class Score(Stage):
     )
     epochs: int = Field(6, description="passes of a proxy over its half", ge=0, le=1000)
     clip_proxies: int = Field(
-        32, description="number of proxies trained end to end, even, as `proxies`", ge=2
+        32,
+        description="number of proxies trained end to end, even, as `proxies`; 2 give no error, "
+        "and no kind",
+        ge=2,
     )
     clip_epochs: int = Field(
         30, description="passes of a proxy trained end to end over its half", ge=1, le=1000

@@ -65,7 +65,7 @@ def gather_shard(room: Room, task: str) -> dict[str, float]:
     gather = _Gatherer(room, plan, reference, samples, keys, embedded)
     found = gather.real()
     columns |= {name: found[:, place] for place, name in enumerate(EVIDENCE)}
-    columns["caption_uniqueness"] = reference.uniqueness(keys.captions)
+    columns["caption_uniqueness"] = reference.uniqueness(keys)
     table = {"uid": pa.array(everything.uids, pa.string())}
     for name, values in columns.items():
         table[name] = spread_rows(values, rows, len(everything.uids))

@@ -70,7 +70,9 @@ class Plan:
     scored : bool
         False where too few are usable.
     train_below : float
-        Clusters whose hash is below are trained on.
+        Clusters whose hash is below are trained on,
+    train_without : list of int
+        but not those in these of 65 536 bins of hashes: one large cluster fills each.
     fit_below : float
         Samples whose hash is below fit the detector.
     phantoms : int
@@ -86,6 +88,7 @@ class Plan:
     usable: int
     scored: bool
     train_below: float
+    train_without: list[int]
     fit_below: float
     phantoms: int
     shared: str
@@ -228,14 +231,18 @@ class Reference:
         places = {uid: row for row, uid in enumerate(self.uids)}
         return np.array([places.get(uid, -1) for uid in uids], np.int64)
 
-    def uniqueness(self, captions: Array) -> Array:
+    def uniqueness(self, keys: Keys) -> Array:
         """Return how far captions are of one cluster's own: see `information.uniqueness`."""
         pairs = np.unique(np.stack([self.keys.captions, self.keys.clusters], axis=1), axis=0)
         codes, counts = np.unique(pairs[:, 0], return_counts=True)
-        places = np.minimum(np.searchsorted(codes, captions), len(codes) - 1)
-        # A caption that no reference has is at least that of the asking cluster.
-        sharing = np.where(codes[places] == captions, counts[places], 1)
-        return uniqueness(sharing, len(np.unique(self.keys.clusters)))
+        places = np.minimum(np.searchsorted(codes, keys.captions), len(codes) - 1)
+        sharing = np.where(codes[places] == keys.captions, counts[places], 0)
+        known = set(map(tuple, pairs.tolist()))
+        asking = zip(keys.captions.tolist(), keys.clusters.tolist(), strict=True)
+        # The asking cluster counts whether or not it is among the references.
+        sharing += np.array([both not in known for both in asking], int)
+        clusters = len(np.unique(self.keys.clusters))
+        return uniqueness(np.minimum(sharing, clusters), clusters)
 
     def view(self, room: Room, proxy: int, image: Array, text: Array, blocks: Array) -> ProxyView:
         """Return pairs and references under one proxy, for pairs of the given blocks."""

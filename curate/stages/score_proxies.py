@@ -36,6 +36,9 @@ Array = np.ndarray[Any, Any]
 #: Bins of the histogram of cluster hashes, from which the share that is trained on is read.
 _BINS = 1 << 16
 
+#: Of the samples that are trained on: a bin with more is one cluster's, and left out.
+_LARGEST = 0.1
+
 #: Directions of each modality that heads and neighbours see. On openclipart 256 hold 93 % of the
 #: image vectors' variance, and distances take a fifth of the time.
 _FRONT_WIDTH = 256
@@ -68,7 +71,7 @@ def fill_bank(room: Room, task: str) -> dict[str, float]:
         best = _keep_lowest(best, samples, stage)
     usable = int(histogram.sum())
     if best is None or usable < stage.min_samples:
-        commit_plan(room, Plan(total, usable, False, 0.0, 0.0, 0, "", {}))
+        commit_plan(room, Plan(total, usable, False, 0.0, [], 0.0, 0, "", {}))
         return {"too_few_samples": 1}
     fronts = (fit_front(best.image, _FRONT_WIDTH), fit_front(best.text, _FRONT_WIDTH))
     keys = best.keys(stage.proxies, stage.seed)
@@ -78,7 +81,7 @@ def fill_bank(room: Room, task: str) -> dict[str, float]:
     isolations = isolation(image[few], text[few], keys.clusters[few], bank)
     Reference.commit(room, best, keys, fronts, isolations)
     # A proxy trains on about half of the clusters, so twice its cap may take part.
-    allowed = int(np.searchsorted(np.cumsum(histogram), 2 * stage.max_train_samples, "right"))
+    below, without = _share_training(histogram, 2 * stage.max_train_samples)
     fitting = min(usable, stage.detector_samples)
     phantoms = int(np.clip(_PHANTOMS // fitting, 1, _MAX_PHANTOMS_EACH))
     if min(image.var(0).sum(), text.var(0).sum()) < _LEAST_VARIANCE:
@@ -90,9 +93,19 @@ def fill_bank(room: Room, task: str) -> dict[str, float]:
         "text_front": fronts[1][1].shape[1],
     }
     shared = _find_shared_space(room)
-    plan = Plan(total, usable, True, allowed / _BINS, fitting / usable, phantoms, shared, widths)
+    plan = Plan(total, usable, True, below, without, fitting / usable, phantoms, shared, widths)
     commit_plan(room, plan)
     return {"samples": total}
+
+
+def _share_training(histogram: Array, most: int) -> tuple[float, list[int]]:
+    """Return `Plan.train_below` and `train_without` for so many samples of so many in each bin."""
+    if histogram.sum() <= most:
+        return 1.0, []
+    # A placeholder's copies would leave no room for others, or none at all if they did not fit.
+    large = histogram > max(_LARGEST * most, 2 * np.median(histogram))
+    allowed = int(np.searchsorted(np.cumsum(np.where(large, 0, histogram)), most, "right"))
+    return allowed / _BINS, np.flatnonzero(large[:allowed]).tolist()
 
 
 def _keep_lowest(best: Samples | None, more: Samples, stage: "Score") -> Samples:
@@ -184,7 +197,9 @@ def train_proxy(room: Room, task: str) -> dict[str, float]:
 
 def trained_clusters(clusters: list[str], plan: Plan, seed: int) -> Array:
     """Tell which clusters any proxy trains on: (N,) bool."""
-    chosen: Array = hash_unit(clusters, seed, "train") < plan.train_below
+    places = hash_unit(clusters, seed, "train")
+    left_out = np.isin((places * _BINS).astype(np.int64), plan.train_without)
+    chosen: Array = (places < plan.train_below) & ~left_out
     return chosen
 
 

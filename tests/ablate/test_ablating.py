@@ -32,7 +32,7 @@ from curate.models.clip_proxy import ClipShape, build_clip
 from curate.report.ablate_words import describe_ablation, tell_recommendation
 from tests.ablate.finished import COUNT, FIRST_COPY, SWAPPED, uid_of, write_run
 from tests.exports import Here, Silent
-from tests.support import curate, list_tree, only_error
+from tests.support import call, curate, list_tree, only_error
 
 GRID = "- {select.max_mismatch_rate: null}\n- {select.max_mismatch_rate: 0.04}\n"
 
@@ -338,6 +338,8 @@ def test_a_student_sees_samples_as_often_as_they_weigh() -> None:
         ("- {select.min_caption_chars: 1}\n- {}\n", "all keep the same"),
         ("- {select.min_caption_chars: 999}\n- {}\n", "must keep something to train on"),
         ("a: 1\n", "must be a list of settings"),
+        ("- {select.max_mismatch_rate: 2020-01-01}\n- {}\n", "must hold numbers, texts"),
+        ("- &a {select.max_mismatch_rate: *a}\n- {}\n", "must hold numbers, texts"),
         ("- {mitigation.noise: 0.1}\n- {}\n", "knows no mitigation.noise"),
         ("- {mitigation.text_mask: 0.1}\n- {}\n", "knows no mitigation.text_mask"),
         ("- {mitigation.captions: 2.5}\n- {}\n", "captions must be a whole number in [1, 100]"),
@@ -376,6 +378,12 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
     for asked, kind, told in cases:
         with pytest.raises(kind, match=told):
             ablate(asked, Local(), Silent())
+    twice = tmp_path / "twice.csv"
+    twice.write_text(f"uid,uid,label\n{uid_of(1)},x,a\n")
+    with pytest.raises(InputError, match="must have the column uid once"):
+        ablate(request(out, good, labels=str(twice)), Local(), Silent())
+    for option in ("--held-out", "--epochs"):
+        assert "is not a finite number" in call("ablate", out, option, "nan", exit_code=2)
     done = curate("ablate", tmp_path / "none")
     assert done.returncode == 2
     assert "must hold a finished run" in only_error(done.stderr)

@@ -172,6 +172,17 @@ def test_held_out_pairs_among_the_candidates_are_refused(trained: Trained, tmp_p
         run(trained.request(held_out=(str(tar),)))
 
 
+def test_equal_names_of_other_pictures_are_no_overlap(trained: Trained, tmp_path: Path) -> None:
+    for name, given in (("train", trained.candidates), ("val", trained.held_out)):
+        (tmp_path / name).mkdir()
+        write_pairs(tmp_path / name / "00000.tar", given)
+    both = {"candidates": (str(tmp_path / "train"),), "held_out": (str(tmp_path / "val"),)}
+    assert run(trained.request(**both))["held_out"] == COUNT
+    write_pairs(tmp_path / "val" / "00000.tar", [trained.candidates[0], *trained.held_out[1:]])
+    with pytest.raises(InputError, match=r"1 of 32 pairs are .*1 by uid"):
+        run(trained.request(**both))
+
+
 def test_copies_are_counted_and_left_out(trained: Trained, tmp_path: Path) -> None:
     repeated = [*trained.candidates, *[trained.candidates[0]] * 4, trained.candidates[1]]
     tar = write_pairs(tmp_path / "repeated.tar", repeated)
@@ -360,7 +371,22 @@ def test_folders_whose_held_out_samples_are_candidates(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["held_out"] == 90
     assert "3 held-out samples are among the candidates" in report["warnings"][1]
+    repeated = write_embeddings(tmp_path / "repeated", 1, 0)
+    for name in ("image", "text", "sound"):
+        paths = [repeated / part / f"{name}.npy" for part in ("candidates", "held_out")]
+        candidates, held_out = (np.load(path) for path in paths)
+        candidates[1] = held_out[2] = candidates[0]
+        for path, rows in zip(paths, (candidates, held_out), strict=True):
+            np.save(path, rows, allow_pickle=False)
+    with pytest.raises(InputError, match=r"1 of 90 samples are .* the first in row 2"):
+        run(Request((str(repeated),)))
     clean = write_embeddings(tmp_path / "clean", 1, 0)
+    with pytest.raises(InputError, match="clean: must hold the 93 held-out samples"):
+        run(Request((str(model), str(clean)), drop_overlap=True))
+    (clean / "candidates" / "uids.txt").write_text("a\n" * 90)
+    with pytest.raises(InputError, match="90 uids, one a line and none twice; got 90, 1 of them"):
+        run(Request((str(clean),)))
+    (clean / "candidates" / "uids.txt").unlink()
     assert (
         report["checkpoints"][0]["estimates"]
         == run(Request((str(clean),)))["checkpoints"][0]["estimates"]

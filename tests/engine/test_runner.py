@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from curate import storage
 from curate.config import Pipeline
@@ -124,6 +125,33 @@ def _exhaust(room: Room, shard: str) -> dict[str, float]:
     stage = room.stage
     assert isinstance(stage, Greedy)
     return {"samples": len(torch.empty(1 << 55) if stage.of_torch else np.empty(1 << 55))}
+
+
+class Crowded(Together):
+    """Fits a GPU's memory one task at a time."""
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("shards", _measure, shard_tasks, run_together=_exhaust_together),)
+
+
+def _exhaust_together(room: Room, tasks: Sequence[str]) -> list[dict[str, float]]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+
+
+class Alone(Measure):
+    """Tells how many threads a sum may take."""
+
+    single_threaded: ClassVar[bool] = True
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("shards", _count_threads, shard_tasks),)
+
+
+def _count_threads(room: Room, shard: str) -> dict[str, float]:
+    np.ones((2, 2)) @ np.ones((2, 2))
+    most = max(pool["num_threads"] for pool in threadpool_info())
+    storage.commit_json(room.path(f"threads-{shard}.json"), most)
+    return _measure(room, shard)
 
 
 class NewMeasure(Measure):
@@ -373,6 +401,24 @@ def test_tasks_that_fail_together_are_all_named(
     with lock_output(out), pytest.raises(StorageError, match="task 00000 00001 00002: "):
         run(make(source, Together(stumble="00001")), out, ONE, Log())
     assert run(make(source, Together()), out, ONE, Log())["computed"]
+
+
+def test_what_does_not_fit_together_is_done_one_by_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    out = str(tmp_path / "out")
+    with lock_output(out):
+        assert run(make(source, Crowded()), out, ONE, Log())["computed"]
+
+
+def test_a_stage_whose_sums_depend_on_threads_has_one(source: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with lock_output(out):
+        run(make(source, Alone()), out, ONE, Log())
+    (folder,) = (Path(out) / "stages").glob("measure.length-*")
+    told = [storage.read_json(str(path)) for path in sorted(folder.glob("threads-*"))]
+    assert told == [1, 1, 1]
 
 
 @pytest.mark.parametrize("of_torch", [False, True])

@@ -169,6 +169,7 @@ ZERO_ROW = GOOD * (np.arange(4) != 1)[:, None]
         (lemon, {"image": GOOD[:1], "text": GOOD[:1]}, "at least 2"),
         (lemon, {"text": _unit(4, 5)}, "pair_distance"),
         (lemon, {"k": 0}, "k: must be at least 1"),
+        (lemon, {"k": 2.5}, "k: must be a whole number; got 2.5"),
         (lemon, {"pair_distance": np.zeros(3)}, "pair_distance: must be 4 numbers"),
         (lemon, {"pair_distance": -np.ones(4)}, "the smallest -1"),
         (lemon, {"pair_distance": np.full(4, np.nan)}, "pair_distance: .* finite"),

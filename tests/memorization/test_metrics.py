@@ -329,6 +329,7 @@ def test_wrong_rows_of_numbers_are_refused() -> None:
         ({"bank": (_unit(2, 5), _unit(2, 5))}, "bank: must have width 3; got 5"),
         ({"temperature": 0.0}, "temperature: must be positive"),
         ({"temperature": np.nan}, "temperature: must be positive"),
+        ({"temperature": 1e-40}, "temperature: must be positive"),
         ({"rows": np.zeros(3, int)}, "rows: must be .4,. int"),
         ({"rows": np.zeros(4)}, "rows: must be .4,. int; got .* float64"),
         ({"rows": np.array([0, 1, 2, -1])}, r"rows: must be in \[-1, 2\); got -1 to 2"),

@@ -117,6 +117,21 @@ def test_few_pairs_are_one_stratum() -> None:
     assert len(detector.shares) == 1
 
 
+def test_a_stratum_of_one_large_cluster_is_none() -> None:
+    """Its fold left out, there would be nothing to tell a share of."""
+    features, phantom, folds, _, _ = _planted(6000, 0.1, 3.0)
+    rng = np.random.default_rng(0)
+    bits = rng.random(len(features))
+    large = np.flatnonzero(~phantom)[:2400]
+    bits[large], folds[large] = bits[large] - 1, 0
+    bits[phantom] = rng.choice(bits[~phantom], phantom.sum())
+    detector = fit_detector(features, bits, np.where(phantom, 0, REAL), folds)
+    assert detector is not None
+    assert len(detector.shares) == 1
+    assert detector.share == pytest.approx(0.1, abs=0.03)
+    assert np.isfinite(detector.share_stderr)
+
+
 def test_harder_phantoms_are_not_counted_as_mismatches() -> None:
     features, phantom, folds, _, _ = _planted(4000, 0.1, 3.0)
     rng = np.random.default_rng(1)

@@ -34,6 +34,7 @@ from curate.stages.base import Room
 from curate.stages.score import Score
 from curate.stages.score_clips import MEMORIZATION, train_clip_proxies
 from curate.stages.score_inputs import commit_plan, read_plan
+from curate.stages.score_proxies import fill_bank, trained_clusters
 from tests.stages.squares import (
     COLUMNS,
     COUNT,
@@ -223,6 +224,17 @@ def test_samples_that_no_proxy_trains_on_are_null(tmp_path: Path) -> None:
     assert 10 < sum(trained) < 40
     assert COUNT - table["memorization_score"].null_count == sum(trained)
     assert table["memorization_score_stderr"].null_count == COUNT  # one pair of proxies
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+def test_a_cluster_too_large_takes_no_training_from_others(tmp_path: Path, name: str) -> None:
+    samples = make_squares()
+    clusters = [name if row < 30 else f"other {row}" for row in range(COUNT)]
+    stage = STAGE.model_copy(update={"max_train_samples": 20})
+    room = lay_out(tmp_path, replace(samples, clusters=clusters), stage, [np.arange(COUNT)])
+    fill_bank(room, "bank")
+    trained = trained_clusters(clusters, read_plan(room), stage.seed)
+    assert trained.tolist() == [row >= 30 for row in range(COUNT)]
 
 
 @pytest.mark.parametrize("missing", ["training", "thumbnails"])
