@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,12 @@ class Run:
         """One row per ingested sample; see `curate columns`."""
         return self.read_decisions()
 
-    def read_decisions(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_decisions(self, columns: str | Sequence[str] | None = None) -> pa.Table:
         """Return some columns of the decisions: what a run of many millions can be asked for.
 
         Parameters
         ----------
-        columns : sequence of str, optional
+        columns : str or sequence of str, optional
             By default all.
 
         Raises
@@ -77,6 +77,7 @@ class Run:
         InputError
             If the run has no decisions, or not that column.
         """
+        columns = [columns] if isinstance(columns, str) else columns
         folder = self._place("decisions", "decisions")
         paths = [storage.join(folder, name) for name in storage.list_names(folder)]
         paths = [path for path in paths if path.endswith(".parquet")]
@@ -90,7 +91,7 @@ class Run:
         wanted = list(known if columns is None else columns)
         return pa.concat_tables([storage.read_table(path, wanted) for path in paths])
 
-    def to_pandas(self, columns: Sequence[str] | None = None) -> "DataFrame":
+    def to_pandas(self, columns: str | Sequence[str] | None = None) -> "DataFrame":
         """Return the decisions, or some of their columns, for pandas."""
         return self.read_decisions(columns).to_pandas()
 
@@ -141,7 +142,17 @@ def run_pipeline(
         # A worker process that imports the script which started it. It must not start another run;
         # the first process tells why its workers did not come up.
         raise SystemExit(1)
-    paths = [input] if isinstance(input, str | os.PathLike) else list(input)
+    paths = list(input) if isinstance(input, Iterable) and not isinstance(input, str) else [input]
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise ConfigError(f"input: must be a path or several; got {input!r}. Name what to read.")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"set: must be a mapping; got {settings!r}. Write e.g. set={{'dedup.min_cosine': .9}}."
+        )
+    if workers is not None and workers < 1:
+        raise ConfigError(
+            f"workers: must be at least 1; got {workers}. Leave it out for all cores."
+        )
     chosen = [_split(name, value) for name, value in (settings or {}).items()]
     loaded = load_request(os.fspath(pipeline), [os.fspath(path) for path in paths], chosen, limit)
     options = choose_cluster(workers, scheduler, None if cluster is None else os.fspath(cluster))

@@ -344,7 +344,7 @@ def test_show_tells_what_became_of_a_sample(full: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uid", "told"), [("abc", "got 3 digits"), ("\x1b[2J" + "z" * 32, "got one of no samples")]
+    ("uid", "told"), [("abc", "got 3 characters"), ("\x1b[2J" + "z" * 32, "got one of no samples")]
 )
 def test_show_of_no_sample_is_one_line(full: Run, uid: str, told: str) -> None:
     done = curate("show", full.out, uid)

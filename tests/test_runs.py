@@ -95,6 +95,13 @@ def test_mistakes_are_errors_of_curate(folder: Path, tmp_path: Path) -> None:
         curate.run("dedup", input=inputs, output=out, set={"min_cosine": 1})
     with pytest.raises(ConfigError, match="must name at least one path"):
         curate.run("dedup", input=[], output=out)
+    with pytest.raises(ConfigError, match="input: must be a path or several; got None"):
+        curate.run("dedup", input=None, output=out)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="set: must be a mapping; got 'dedup"):
+        curate.run("dedup", input=inputs, output=out, set="dedup.min_cosine=1")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="workers: must be at least 1; got 0"):
+        curate.run("dedup", input=inputs, output=out, workers=0)
+    assert curate.open(folder / "cleaned").to_pandas("uid").columns.tolist() == ["uid"]
     with pytest.raises(ConfigError, match="must not be combined"):
         choose_cluster(1, "tcp://127.0.0.1:1", None)
     with pytest.raises(CurateError, match="Did you mean"):

@@ -240,6 +240,7 @@ class Checkpoints:
             progress.end()
             held_out, rest = _without(held_out, copies.overlap, request, known.warnings)
             held_looks = held_looks.take(rest)
+            held_out, held_looks = _once_each(held_out, held_looks, judge, known.warnings)
             known.clusters = copies.clusters
             known.columns["seen"] = copies.seen.astype(float)
         else:
@@ -326,6 +327,26 @@ def _without(
         )
     warnings.append(f"{len(overlap)} held-out pairs are among the candidates ({how}): left out")
     return held_out.take(rest), rest
+
+
+def _once_each(
+    held_out: Panel, looks: Looks, judge: "Encoder | None", warnings: list[str]
+) -> tuple[Panel, Looks]:
+    """Leave one of each held-out picture, as copies would pass for evidence of their own."""
+    none = np.zeros(0, np.int64)
+    copies = find_copies(
+        held_out, (held_out, looks), (held_out.take(none), looks.take(none)), judge
+    )
+    first = np.sort(np.unique(copies.clusters, return_index=True)[1])
+    if len(first) < 2:
+        raise InputError(
+            "--held-out: must be of at least 2 different pictures; got 1. Name others."
+        )
+    if len(first) < len(held_out):
+        warnings.append(
+            f"{len(held_out) - len(first)} held-out pairs show what others of them show: left out"
+        )
+    return held_out.take(first), looks.take(first)
 
 
 def _take_run(known: Known, run: str) -> None:

@@ -82,7 +82,7 @@ def _only(run: _Run, uid: str, hits: list[tuple[str, str]]) -> tuple[str, str]:
     if len(uid) >= _LEAST_DIGITS and len(hits) == 1:
         return hits[0]
     got = f"one of {len(hits) or 'no'} samples"
-    got = got if len(uid) >= _LEAST_DIGITS else f"{len(uid)} digits"
+    got = got if len(uid) >= _LEAST_DIGITS else f"{len(uid)} characters"
     raise ConfigError(
         f"{clean_text(uid, 40)!r}: must be the uid of a sample of {run.out}, or its first "
         f"{_LEAST_DIGITS} or more digits; got {got}. The report and decisions/ hold the uids."

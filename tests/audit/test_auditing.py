@@ -196,6 +196,16 @@ def test_copies_are_counted_and_left_out(trained: Trained, tmp_path: Path) -> No
     assert report["clusters"] == COUNT
 
 
+def test_a_held_out_picture_counts_once(trained: Trained, tmp_path: Path) -> None:
+    tar = write_pairs(tmp_path / "thrice.tar", [*trained.held_out, *trained.held_out[:9] * 2])
+    report = run(trained.request(held_out=(str(tar),)))
+    assert report["held_out"] == COUNT
+    assert "18 held-out pairs show what others of them show: left out" in report["warnings"]
+    tar = write_pairs(tmp_path / "one.tar", trained.held_out[:1] * 3)
+    with pytest.raises(InputError, match="--held-out: must be of at least 2 different pictures"):
+        run(trained.request(held_out=(str(tar),)))
+
+
 def test_another_architecture(trained: Trained, tmp_path: Path) -> None:
     wider = write_config(tmp_path, embed_dim=64)
     wider = wider.rename(tmp_path / "tiny-wider.json")
@@ -381,7 +391,7 @@ def test_folders_whose_held_out_samples_are_candidates(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1 of 90 samples are .* the first in row 2"):
         run(Request((str(repeated),)))
     clean = write_embeddings(tmp_path / "clean", 1, 0)
-    with pytest.raises(InputError, match="clean: must hold the 93 held-out samples"):
+    with pytest.raises(InputError, match="model: must hold the 90 held-out samples of the"):
         run(Request((str(model), str(clean)), drop_overlap=True))
     (clean / "candidates" / "uids.txt").write_text("a\n" * 90)
     with pytest.raises(InputError, match="90 uids, one a line and none twice; got 90, 1 of them"):
