@@ -317,7 +317,11 @@ def export(
     help="Candidates, and held-out pairs, drawn at most.",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Draws these.")
-@click.option("--search/--no-search", default=True, help="Look for copies, and test deja vu.")
+@click.option(
+    "--search/--no-search",
+    default=True,
+    help="Look for copies among all candidates, and test deja vu.",
+)
 @click.option("--drop-overlap", is_flag=True, help="Leave out held-out pairs that were trained on.")
 @click.option("--max-memorization", type=_Number(), help="Exit 3 above this mean.")
 @click.option("--max-harmful", type=_Number(0, 1),

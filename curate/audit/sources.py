@@ -228,23 +228,28 @@ class Checkpoints:
         panel, looks = _usable(panel, judge, "--candidates")
         held_out, held_looks = _usable(held_out, judge, "--held-out")
         known = Known(panel.uids, np.array(panel.uids, str), warnings=warnings)
+        # What is measured was decoded anyway, so that equal bytes and pixels cost nothing.
+        among = everything if request.search else panel
+        progress.begin("audit", "copies", -(-len(among) // 1024), 0)
+        copies = find_copies(
+            among,
+            (panel, looks),
+            (held_out, held_looks),
+            judge,
+            lambda samples: progress.advance({"samples": samples}),
+        )
+        progress.end()
+        held_out, rest = _without(held_out, copies.overlap, request, known.warnings)
+        held_looks = held_looks.take(rest)
+        held_out, held_looks = _once_each(held_out, held_looks, judge, known.warnings)
+        known.clusters = copies.clusters
         if request.search:
-            progress.begin("audit", "copies", -(-len(everything) // 1024), 0)
-            copies = find_copies(
-                everything,
-                (panel, looks),
-                (held_out, held_looks),
-                judge,
-                lambda samples: progress.advance({"samples": samples}),
-            )
-            progress.end()
-            held_out, rest = _without(held_out, copies.overlap, request, known.warnings)
-            held_looks = held_looks.take(rest)
-            held_out, held_looks = _once_each(held_out, held_looks, judge, known.warnings)
-            known.clusters = copies.clusters
             known.columns["seen"] = copies.seen.astype(float)
         else:
-            known.warnings.append("neither copies nor deja vu were looked for")
+            known.warnings.append(
+                "copies were looked for among what is measured, by bytes and pixels alone; deja vu "
+                "was not tested"
+            )
         if run:
             _take_run(known, run)
         self.panel, self.held_out, self.known = panel, held_out, known

@@ -183,6 +183,18 @@ def test_equal_names_of_other_pictures_are_no_overlap(trained: Trained, tmp_path
         run(trained.request(**both))
 
 
+def test_pairs_that_are_held_out_and_candidates_are_found_without_a_search(
+    trained: Trained, tmp_path: Path
+) -> None:
+    tar = overlapping(trained, tmp_path / "both.tar")
+    with pytest.raises(InputError, match=r"1 of 34 pairs are .*1 by bytes"):
+        run(trained.request(held_out=(str(tar),), search=False))
+    report = run(trained.request(held_out=(str(tar),), search=False, drop_overlap=True))
+    assert report["held_out"] == COUNT + 1  # the smaller one takes a search
+    assert "1 held-out pairs are among the candidates" in report["warnings"][0]
+    assert "by bytes and pixels alone" in report["warnings"][1]
+
+
 def test_copies_are_counted_and_left_out(trained: Trained, tmp_path: Path) -> None:
     repeated = [*trained.candidates, *[trained.candidates[0]] * 4, trained.candidates[1]]
     tar = write_pairs(tmp_path / "repeated.tar", repeated)
