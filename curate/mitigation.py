@@ -7,7 +7,6 @@ noise goes around the loss, the mask onto the model, and the batches in place of
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -274,10 +273,10 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield lists of samples; a list holds targets alone, or none but in the last ones."""
         waiting: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        samples, worker = iter(self._samples), get_worker_info()
-        if worker is not None and isinstance(self._samples, Sequence):
+        samples, worker = self._samples, get_worker_info()
+        if worker is not None and isinstance(samples, Sequence):
             # What `curate.load` returns parts itself among the workers of a DataLoader.
-            samples = islice(samples, worker.id, None, worker.num_workers)
+            samples = samples[worker.id :: worker.num_workers]
         for sample in samples:
             is_target = sample["uid"] in self.targets
             batch = waiting[is_target]

@@ -149,10 +149,6 @@ def run_pipeline(
         raise ConfigError(
             f"set: must be a mapping; got {settings!r}. Write e.g. set={{'dedup.min_cosine': .9}}."
         )
-    if workers is not None and workers < 1:
-        raise ConfigError(
-            f"workers: must be at least 1; got {workers}. Leave it out for all cores."
-        )
     chosen = [_split(name, value) for name, value in (settings or {}).items()]
     loaded = load_request(os.fspath(pipeline), [os.fspath(path) for path in paths], chosen, limit)
     options = choose_cluster(workers, scheduler, None if cluster is None else os.fspath(cluster))

@@ -165,14 +165,17 @@ def _members(line: Line, loosest: Training, pairs: Pairs, seed: int) -> tuple[Ar
 
 
 def _identity(line: Line, loosest: Training, seed: int) -> str:
-    """Name what a line's student trains on; equal for lines that keep the same."""
-    drawn = seed if line.kind == "random" else 0
-    drawn_from = [] if line.kind == "setting" else loosest.places.tolist()
+    """Name what a line's student trains on; equal for lines that keep the same.
+
+    Controls are drawn from what the `loosest` setting keeps.
+    """
+    drawn: Any = 0
+    if line.kind != "setting":
+        drawn = [seed if line.kind == "random" else 0, loosest.places.tolist()]
     training, mitigation = line.training, _mitigation(line)
     numbers = fingerprint([training.places.tolist(), np.round(training.weight, 6).tolist()])
     captions = training.captions.tolist() if mitigation.captions > 1 else []
-    made_of = [numbers, line.kind, drawn, asdict(mitigation), captions]
-    return fingerprint([*made_of, drawn_from] if drawn_from else made_of)
+    return fingerprint([numbers, line.kind, drawn, asdict(mitigation), captions])
 
 
 def _mitigation(line: Line) -> Mitigation:

@@ -122,8 +122,6 @@ def commit_data(
 
 
 def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
-    from threadpoolctl import threadpool_limits
-
     from curate.models.train import fit_front
 
     sides: dict[str, Array] = {}
@@ -137,8 +135,7 @@ def _read_vectors(room: Room, pairs: Pairs) -> dict[str, Array]:
     fronts: dict[str, Array] = {}
     for name, vectors in sides.items():
         # Of all, for every seed: it knows neither which belong together nor what any setting keeps.
-        with threadpool_limits(1):  # more would add up in another order
-            mean, front = fit_front(vectors, _FRONT_WIDTH)
+        mean, front = fit_front(vectors, _FRONT_WIDTH)
         fronts |= {f"{name}-mean": mean, f"{name}-front": front}
     return sides | fronts
 

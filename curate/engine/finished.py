@@ -49,8 +49,9 @@ def read_finished(out: str, otherwise: str = "name another folder") -> dict[str,
     """
     found = read_run(out)
     if found is None:
-        got = "it holds no run.json" if storage.exists(out) else "there is no such folder"
-        got = "it is a file" if storage.is_file(out) else got
+        got = "there is no such folder"
+        if storage.exists(out):
+            got = "it is a file" if storage.is_file(out) else "it holds no run.json"
         raise OutputError(
             f"{out}: must hold a finished run; {got}. Make one with `curate run`, or name another "
             "folder."

@@ -70,12 +70,16 @@ def choose_cluster(
     Raises
     ------
     ConfigError
-        If more than one is given, or the file does not hold a cluster.
+        If more than one is given, there are no workers, or the file does not hold a cluster.
     """
     given = {"--workers": workers, "--scheduler": scheduler, "--cluster": cluster_file}
     used = [name for name, value in given.items() if value is not None]
     if len(used) > 1:
         raise ConfigError(f"{' and '.join(used)}: must not be combined. Give one of them.")
+    if workers is not None and workers < 1:
+        raise ConfigError(
+            f"workers: must be at least 1; got {workers}. Leave it out for all cores."
+        )
     description = None
     if cluster_file is not None:
         description = read_yaml_file(cluster_file, "--cluster")

@@ -295,14 +295,14 @@ class Workers:
         storage.commit_bytes(probe, b"seen")
         try:
             answers = client.run(_describe_worker, probe)
-            self.have_gpus = any(client.run(count_gpus).values())
         except ImportError as error:
             raise WorkerError(
                 f"workers: must have curate {__version__} installed; {error}. Install it there."
             ) from error
         finally:
             storage.remove(probe)
-        for worker, (sees, versions) in answers.items():
+        self.have_gpus = any(gpus for _, _, gpus in answers.values())
+        for worker, (sees, versions, _) in answers.items():
             if not sees:
                 raise WorkerError(
                     f"worker {worker}: must see {self._out}; it does not. Use a shared folder "
@@ -412,10 +412,10 @@ def _clear_scratch() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _describe_worker(probe: str) -> tuple[bool, dict[str, str]]:
+def _describe_worker(probe: str) -> tuple[bool, dict[str, str], int]:
     from curate.engine.manifest import provenance
 
-    return storage.exists(probe), provenance()
+    return storage.exists(probe), provenance(), count_gpus()
 
 
 def _thread_environment(threads: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from curate.models.encoders import torch_threads
@@ -118,13 +119,14 @@ def fit_front(vectors: Array, width: int) -> Front:
     mean = vectors.mean(0, dtype=np.float64)
     centred = vectors.astype(np.float64) - mean
     wide = _WIDE * len(vectors) < vectors.shape[1]
-    products = centred @ centred.T if wide else centred.T @ centred
-    variances, directions = np.linalg.eigh(products / max(len(vectors), 1))
     count = min(width, *vectors.shape)
-    variances = np.maximum(variances[::-1][:count], 0)
-    directions = directions[:, ::-1][:, :count]
-    if wide:  # these are directions over the rows so far
-        directions = centred.T @ directions / np.sqrt(len(vectors) * variances + 1e-12)
+    with threadpool_limits(1):  # more would add up in another order
+        products = centred @ centred.T if wide else centred.T @ centred
+        variances, directions = np.linalg.eigh(products / max(len(vectors), 1))
+        variances = np.maximum(variances[::-1][:count], 0)
+        directions = directions[:, ::-1][:, :count]
+        if wide:  # these are directions over the rows so far
+            directions = centred.T @ directions / np.sqrt(len(vectors) * variances + 1e-12)
     floor = _FRONT_RIDGE * variances.mean() + 1e-12
     return mean.astype(np.float32), (directions / np.sqrt(variances + floor)).astype(np.float32)
 

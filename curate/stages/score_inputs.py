@@ -70,9 +70,9 @@ class Plan:
     scored : bool
         False where too few are usable.
     train_below : float
-        Clusters whose hash is below are trained on,
+        Clusters whose hash is below are trained on.
     train_without : list of int
-        but not those in these of 65 536 bins of hashes: one large cluster fills each.
+        Of 65 536 bins of these hashes those that a large cluster fills: they are not.
     fit_below : float
         Samples whose hash is below fit the detector.
     phantoms : int

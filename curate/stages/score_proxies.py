@@ -36,7 +36,8 @@ Array = np.ndarray[Any, Any]
 #: Bins of the histogram of cluster hashes, from which the share that is trained on is read.
 _BINS = 1 << 16
 
-#: Of the samples that are trained on: a bin with more is one cluster's, and left out.
+#: Of the samples that are trained on: a bin that holds more, and twice what bins do, is one
+#: cluster's, and left out.
 _LARGEST = 0.1
 
 #: Directions of each modality that heads and neighbours see. On openclipart 256 hold 93 % of the
