@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,62 @@ def test_local_workers_come_when_tasks_need_them(
         while marks("warm").keys() != marks("many").keys():
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def write_process(folder: str, task: str) -> None:
+    """Say what surrounds a worker: its parent, what it has imported, and a variable."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode()
+    imported = getattr(sys.modules.get("wave"), "__file__", None)
+    found = {"parent": os.getppid(), "command": parent, "imported": imported}
+    variable = {"variable": os.environ.get("CURATE_TEST")}
+    (Path(folder) / f"{task}.json").write_text(json.dumps(found | variable), encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others start each worker anew")
+def test_local_workers_share_one_import(tmp_path: Path) -> None:
+    # In a process of its own: in this one a run may have begun before.
+    script = tmp_path / "scripts" / "script.py"
+    script.parent.mkdir()
+    (tmp_path / "wave.py").touch()  # in the folder that the command is called from
+    script.write_text(
+        f"""
+import os
+from curate.engine.workers import ClusterOptions, Workers
+from tests.test_cluster import write_process
+
+if __name__ == "__main__":
+    for name, value in (("first", "1"), ("second", None), ("third", "3")):
+        os.environ.pop("CURATE_TEST", None)
+        if value is not None:
+            os.environ["CURATE_TEST"] = value
+        with Workers(ClusterOptions(workers=1), {str(tmp_path)!r}, ["wave"]) as workers:
+            list(workers.map(write_process, [name], {str(tmp_path)!r}))
+    print(os.getpid())
+""",
+        encoding="utf-8",
+    )
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=TIMEOUT_SECONDS,
+    )
+    names = ("first", "second", "third")
+    first, second, third = (json.loads((tmp_path / f"{n}.json").read_text()) for n in names)
+    assert first["imported"] == wave.__file__
+    assert "forkserver" in first["command"]
+    assert first["parent"] == second["parent"] == third["parent"] != int(done.stdout)
+    # Of each run's own environment, whatever it was when the first began.
+    assert [run["variable"] for run in (first, second, third)] == ["1", None, "3"]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while Path(f"/proc/{first['parent']}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_dashboard_is_on_the_loopback_or_off(

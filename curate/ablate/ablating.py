@@ -20,9 +20,12 @@ from curate.errors import ConfigError, InputError
 from curate.report.ablate_page import render_ablation
 from curate.report.plain import read_style
 
-__all__ = ["Request", "ablate", "describe_cost", "page_of"]
+__all__ = ["IMPORTS", "Request", "ablate", "describe_cost", "page_of"]
 
 Array = np.ndarray[Any, Any]
+
+#: What training takes seconds to import, for workers to share.
+IMPORTS = ("curate.models.train_clip",)
 
 _VERSION = 3
 #: Tables of the run that students see.

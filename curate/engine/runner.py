@@ -325,7 +325,8 @@ def _run(
         storage.clear_temporaries(out)
         # The mark that OUT is ours and what lies in it unfinished, should this run be killed.
         _commit_run(out, {**previous, "status": "unfinished", "pipeline": pipeline.text})
-    with Workers(options, out) as workers:
+    imports = [module for bound in unfinished for module in bound.stage.imports(bound.room)]
+    with Workers(options, out, imports) as workers:
         if unfinished:
             progress.note(workers.describe_dashboard())
         _run_stages(unfinished, workers, progress)

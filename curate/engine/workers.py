@@ -6,13 +6,14 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,9 @@ _SCRATCH = "curate-dask-"
 #: glibc's mallopt: parameters (malloc.h) and bytes. Tensors up to the first size, glibc's limit,
 #: come from memory that the process keeps, of which it returns what exceeds the second.
 _MALLOC = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 256 << 20)}
+
+#: What every worker imports.
+_IMPORTED = ("distributed", "curate.stages")
 
 _CLUSTERS = {
     "local": ("distributed", "LocalCluster"),
@@ -91,11 +95,14 @@ class Workers:
     options : ClusterOptions
     out : str
         OUT, which every worker must be able to see.
+    imports : sequence of str
+        Modules that tasks need and that take seconds to import: local workers share one import.
     """
 
-    def __init__(self, options: ClusterOptions, out: str) -> None:
+    def __init__(self, options: ClusterOptions, out: str, imports: Sequence[str] = ()) -> None:
         self._options = options
         self._out = out
+        self._imports = imports
         self._stack = contextlib.ExitStack()
         self._client: Any = None
         #: Our own, which grows.
@@ -204,6 +211,8 @@ class Workers:
         import dask
         from distributed import Client, LocalCluster
 
+        from curate.engine.each_worker import EachWorker
+
         cores, gpus = count_cores(), count_gpus()
         self.count = _count_local(self._options)
         self.threads = max(1, cores // self.count)
@@ -214,8 +223,17 @@ class Workers:
         self._stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         # A task's exception is raised here: workers need not print it, traceback and all, before.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        dask.config.set({"distributed.nanny.pre-spawn-environ": _thread_environment(self.threads)})
+        threads = _thread_environment(self.threads)
+        # A fork cannot use a CUDA that was in use before, nor do a Mac's libraries bear one.
+        method = "forkserver" if gpus == 0 and sys.platform == "linux" else "spawn"
+        settings = {
+            "distributed.nanny.pre-spawn-environ": threads,
+            "distributed.worker.multiprocessing-method": method,
+        }
+        self._stack.enter_context(dask.config.set(settings))
         with _interrupts_held(), _starting_told():
+            if method == "forkserver":
+                _import_once((*_IMPORTED, *self._imports), threads)
             cluster = LocalCluster(
                 n_workers=self._employed(tasks),
                 threads_per_worker=1,
@@ -227,7 +245,10 @@ class Workers:
                 silence_logs=logging.CRITICAL,
             )
         self._cluster = self._stack.enter_context(cluster)
-        return self._stack.enter_context(Client(cluster, set_as_default=False))
+        client = self._stack.enter_context(Client(cluster, set_as_default=False))
+        if method == "forkserver":  # which may be of an earlier run, and has the environment of it
+            client.register_plugin(EachWorker(_take_environment, dict(os.environ)))
+        return client
 
     def _launch(self, description: dict[str, Any]) -> Any:
         from importlib import import_module
@@ -320,6 +341,12 @@ def _count_local(options: ClusterOptions) -> int:
     cores, gpus = count_cores(), count_gpus()
     # More workers than cores would only share them, and load every model once more.
     return min(options.workers or gpus or cores, max(gpus, cores))
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _in_background(load: Callable[..., None], *arguments: Any) -> None:
@@ -418,10 +445,27 @@ def _describe_worker(probe: str) -> tuple[bool, dict[str, str], int]:
     return storage.exists(probe), provenance(), count_gpus()
 
 
-def _thread_environment(threads: int) -> dict[str, int]:
+def _thread_environment(threads: int) -> dict[str, str]:
     # Set before the workers import numpy or torch: their pools read these once.
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return dict.fromkeys(names, threads)
+    return dict.fromkeys(names, str(threads))
+
+
+def _import_once(modules: Sequence[str], environment: dict[str, str]) -> None:
+    """Start the process that local workers are forked from, unless an earlier run did.
+
+    Two workers that import torch and a tower's library each take twice the time of a small run.
+    """
+    os.environ.update(environment)  # as Dask does before it starts a worker
+    before = dict(os.environ)
+    # It would look into the current folder first, where another `curate` may lie.
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    os.environ.update(PYTHONPATH=paths, PYTHONSAFEPATH="1")
+    try:
+        forkserver.set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
+    finally:
+        _take_environment(before)
 
 
 def _result(future: Any, task: str | tuple[str, ...]) -> Any:

@@ -238,6 +238,10 @@ class Stage(BaseModel):
         """Tell whether a complete table is to be taken up again."""
         return False
 
+    def imports(self, room: Room) -> tuple[str, ...]:
+        """Modules that the tasks need and that take seconds to import."""
+        return ()
+
     def warm(self, room: Room) -> None:
         """Load what the tasks will need; called in the workers' background while others run."""
 

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 
 from curate import plugins, storage
 from curate.formats.pixels import Decoded, decode, make_thumbnail, measure_contrast
-from curate.models import parse_encoder
+from curate.models import imports_of, parse_encoder
 from curate.plugins import PICTURE_PX
 from curate.schema import select_schema
 from curate.stages.base import OneOrMore, Room, Stage, Step, Table, shard_tasks
@@ -130,13 +130,18 @@ class Embed(Stage):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {**values, "encoder": f"{family}:{model}/sha256:{digest}"}
 
+    def imports(self, room: Room) -> tuple[str, ...]:
+        return imports_of(self.encoder) if self._needs_encoder(room) else ()
+
     def warm(self, room: Room) -> None:
         scorer = open_scorer(room, self.plugins)
         if scorer is not None:
             scorer.warm()
-        if "embed.vectors" not in room.missing or room.has_source_vectors():
-            return
-        open_encoder(room)
+        if self._needs_encoder(room):
+            open_encoder(room)
+
+    def _needs_encoder(self, room: Room) -> bool:
+        return "embed.vectors" in room.missing and not room.has_source_vectors()
 
     def release(self, room: Room) -> None:
         room.find(Ingest).copies(room.folders["ingest"]).clear()

@@ -117,6 +117,9 @@ class Score(Stage):
             Table(MEMORIZATION, _MEMORIZATION_COLUMNS),
         )
 
+    def imports(self, room: Room) -> tuple[str, ...]:
+        return ("curate.models.train_clip" if self.proxy == "clip" else "curate.models.train",)
+
     def steps(self) -> tuple[Step, ...]:
         pairs, memorized = ("score",), (MEMORIZATION,)
         clips = (
