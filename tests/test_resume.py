@@ -1,8 +1,10 @@
 """A run that was killed or stopped resumes to what an undisturbed one gives."""
 
+import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,9 +84,9 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_interrupt_says_how_to_resume(calm: Calm, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@contextlib.contextmanager
+def watched(calm: Calm, out: Path, pattern: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command until a file appears in its OUT."""
     with subprocess.Popen(
         command(*calm.arguments(out)),
         stdout=subprocess.PIPE,
@@ -93,18 +95,48 @@ def test_interrupt_says_how_to_resume(calm: Calm, tmp_path: Path) -> None:
         start_new_session=True,
     ) as process:
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not list(out.glob("stages/embed.vectors-*/precision.json")):
+        while not list(out.glob(pattern)):
             assert process.poll() is None, "the run ended early"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+        yield process
+
+
+def assert_stopped(process: subprocess.Popen[str]) -> None:
+    stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
+    assert "resource_tracker" not in stderr
     assert stderr.splitlines()[-1] == (
         "Stopped. What was finished is kept: run the same command again to resume."
     )
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_says_how_to_resume(calm: Calm, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with watched(calm, out, "stages/embed.vectors-*/precision.json") as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert_stopped(process)
     assert read_summary(out)["status"] == "unfinished"
     succeed(*calm.arguments(out))
     calm.assert_equalled_by(out)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
+@pytest.mark.parametrize("seconds", [0, 1.5])
+def test_stopped_while_workers_start(
+    calm: Calm, tmp_path: Path, number: signal.Signals, seconds: float
+) -> None:
+    # To the command alone, as a scheduler does.
+    with watched(calm, tmp_path / "out", "run.json") as process:
+        time.sleep(seconds)
+        process.send_signal(number)
+        assert_stopped(process)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    scratch = Path(tempfile.gettempdir()) / f"curate-dask-{process.pid}-*"
+    while list(scratch.parent.glob(scratch.name)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

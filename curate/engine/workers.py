@@ -244,7 +244,7 @@ class Workers:
                 memory_limit=0,  # tasks keep nothing in Dask; pausing workers would only stall them
                 silence_logs=logging.CRITICAL,
             )
-        self._cluster = self._stack.enter_context(cluster)
+            self._cluster = self._stack.enter_context(cluster)
         client = self._stack.enter_context(Client(cluster, set_as_default=False))
         if method == "forkserver":  # which may be of an earlier run, and has the environment of it
             client.register_plugin(EachWorker(_take_environment, dict(os.environ)))
@@ -263,6 +263,7 @@ class Workers:
         try:
             with _interrupts_held():
                 cluster = getattr(import_module(module), name)(**description)
+                self._stack.enter_context(cluster)
         except ImportError as error:
             package = module.split(".")[0].replace("_", "-")
             raise ConfigError(
@@ -275,7 +276,6 @@ class Workers:
             raise ConfigError(
                 f"--cluster: {name} refused its arguments: {why}. Correct them."
             ) from error
-        self._stack.enter_context(cluster)
         if workers is not None:
             cluster.scale(int(workers))
         client = self._stack.enter_context(Client(cluster, set_as_default=False))
@@ -378,11 +378,23 @@ def _interrupts_held() -> Iterator[None]:
     """Keep Ctrl-C from threads and processes started here: this one stops them in good order."""
     # It must run before: when it starts it lets interrupts through again in the calling thread.
     resource_tracker.ensure_running()
+    waiting: list[int] = []
+    # The mask is for what is started here. A thread that was there before takes the signal, and
+    # Python would break off this one halfway through its start.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()
+    held = {number: one for number, one in handlers.items() if is_main and callable(one)}
+    for number in held:
+        signal.signal(number, lambda came, _: waiting.append(came))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def _in_worker(gpus: int, function: Callable[..., Any], *arguments: Any) -> Any:
