@@ -5,8 +5,9 @@ noise goes around the loss, the mask onto the model, and the batches in place of
 """
 
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from curate.errors import ConfigError
 from curate.memorization.folds import hash_unit
 
 __all__ = ["CaptionSampler", "EmbeddingNoise", "NoisyLoss", "TargetedBatches", "TextMask"]
+
+
+#: What open_clip and transformers call a caption's tokens.
+_TOKENS = ("text", "input_ids")
 
 
 class EmbeddingNoise(nn.Module):
@@ -69,10 +74,22 @@ class NoisyLoss(nn.Module):
     loss : callable
         Takes `image_features`, `text_features` and whatever else the model returns.
     noise : EmbeddingNoise
+
+    Raises
+    ------
+    ConfigError
+        If the noise names another modality than "image" and "text".
     """
 
     def __init__(self, loss: Callable[..., Any], noise: EmbeddingNoise) -> None:
         super().__init__()
+        named = noise.sigma if isinstance(noise.sigma, dict) else {}
+        unknown = [name for name in named if name not in ("image", "text")]
+        if unknown:
+            raise ConfigError(
+                f"NoisyLoss: modalities must be image and text; got {', '.join(unknown)}. Name "
+                "one of them."
+            )
         self.loss, self.noise = loss, noise
 
     def forward(
@@ -140,18 +157,35 @@ class TextMask(nn.Module):
         Parameters
         ----------
         model : nn.Module
-            Called as `model(images, texts)`; positions count, and `text=` is found by name.
+            Called as `model(images, texts)`; positions count, and `text=` or `input_ids=` is found
+            by name. A call without either has nothing to hide.
         place : int
             Position of the tokens.
+
+        Raises
+        ------
+        ConfigError
+            Of a call: if what is in that place are no tokens.
         """
+
+        def mask(tokens: Any) -> Any:
+            if tokens is None:
+                return None
+            if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+                raise ConfigError(
+                    f"TextMask: position {place} must be (B, L) integer tokens; got "
+                    f"{_describe(tokens)}. Give their place to `attach`, or call with `text=`."
+                )
+            return self(tokens)
 
         def hook(module: nn.Module, args: Any, options: Any) -> Any:
             if not module.training:
                 return args, options
-            if len(args) > place and args[place] is not None:
-                args = (*args[:place], self(args[place]), *args[place + 1 :])
-            elif options.get("text") is not None:
-                options = {**options, "text": self(options["text"])}
+            named = [name for name in _TOKENS if name in options]
+            if named:
+                options = {**options, named[0]: mask(options[named[0]])}
+            elif len(args) > place:
+                args = (*args[:place], mask(args[place]), *args[place + 1 :])
             return args, options
 
         return model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -172,15 +206,25 @@ class CaptionSampler:
     def __init__(self, most: int | None = None, seed: int = 0) -> None:
         if most is not None and most < 1:
             raise ConfigError(f"CaptionSampler: most must be at least 1; got {most}.")
-        self.most, self.seed, self.epoch = most, seed, 0
+        self.most, self.seed = most, seed
+        # In shared memory: workers that live through all epochs are told of the next one.
+        self._epoch = torch.zeros(1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is drawn for."""
+        return int(self._epoch[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is drawn for."""
-        self.epoch = epoch
+        """Choose the epoch that is drawn for, in a DataLoader's workers too."""
+        self._epoch[0] = epoch
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sample with `caption` drawn, by seed, epoch and `uid`, of its `captions`."""
-        known = (sample.get("captions") or [sample["caption"]])[: self.most]
+        captions = sample.get("captions")
+        known = [sample["caption"]] if captions is None or not len(captions) else captions
+        known = known[: self.most]
         unit = hash_unit([sample["uid"]], self.seed, f"caption {self.epoch}")[0]
         return {**sample, "caption": known[int(unit * len(known))]}
 
@@ -194,8 +238,8 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
     Parameters
     ----------
     samples : iterable of dict
-        With `uid`: `curate.load(...)`, a list, or any other that can be walked once an epoch.
-        `set_epoch` is passed on to it.
+        With `uid`: `curate.load(...)`, a list, or any other that can be walked once an epoch; an
+        IterableDataset parts itself among a DataLoader's workers. `set_epoch` is passed on to it.
     batch_size : int
     augment : callable
         Applied to each target; the others stay as they are.
@@ -209,7 +253,7 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
     Raises
     ------
     ConfigError
-        If a parameter is out of range.
+        If a parameter is out of range, or the samples can be walked only once.
 
     Notes
     -----
@@ -244,6 +288,11 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
                 "TargetedBatches: batch_size and every must be at least 1, and share in (0, 1]; "
                 f"got {batch_size}, {every}, {share}."
             )
+        if isinstance(samples, Iterator):
+            raise ConfigError(
+                "TargetedBatches: samples must be there in every epoch; got a "
+                f"{type(samples).__name__}, which ends with the first. Give a list or a dataset."
+            )
         self._samples, self._size, self._augment = samples, batch_size, augment
         self._share, self._every, self._drop_last = share, every, drop_last
         self.targets: frozenset[str] = frozenset()
@@ -257,27 +306,23 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
         if hasattr(self._samples, "set_epoch"):
             self._samples.set_epoch(epoch)
 
-    def update(self, scores: Mapping[str, float]) -> None:
+    def update(self, scores: Mapping[str, float | None]) -> None:
         """Choose the targets: the uids of the highest scores; of equal ones the first by name.
 
         Parameters
         ----------
-        scores : mapping of str to float
-            Higher: more memorized; NaN: unknown. See `curate.audit.measure`.
+        scores : mapping of str to float or None
+            Higher: more memorized; None or NaN: unknown. See `curate.audit.measure`.
         """
-        scores = {uid: score for uid, score in scores.items() if not math.isnan(score)}
-        count = max(1, round(self._share * len(scores))) if scores else 0
-        best = heapq.nsmallest(count, scores, key=lambda uid: (-scores[uid], uid))
+        known = {uid: s for uid, s in scores.items() if s is not None and not math.isnan(s)}
+        count = max(1, round(self._share * len(known))) if known else 0
+        best = heapq.nsmallest(count, known, key=lambda uid: (-known[uid], uid))
         self.targets = frozenset(best)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield lists of samples; a list holds targets alone, or none but in the last ones."""
         waiting: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        samples, worker = self._samples, get_worker_info()
-        if worker is not None and isinstance(samples, Sequence):
-            # What `curate.load` returns parts itself among the workers of a DataLoader.
-            samples = samples[worker.id :: worker.num_workers]
-        for sample in samples:
+        for sample in self._own_samples():
             is_target = sample["uid"] in self.targets
             batch = waiting[is_target]
             batch.append(self._augment(sample) if is_target else sample)
@@ -290,3 +335,21 @@ class TargetedBatches(IterableDataset[list[dict[str, Any]]]):
             batch = rest[start : start + self._size]
             if len(batch) == self._size or not self._drop_last:
                 yield batch
+
+    def _own_samples(self) -> Iterator[dict[str, Any]]:
+        """Yield the share of the DataLoader's worker that this is in."""
+        samples: Any = self._samples
+        worker = get_worker_info()
+        if worker is None or isinstance(samples, IterableDataset):  # which parts itself
+            yield from samples
+        elif hasattr(samples, "__getitem__") and hasattr(samples, "__len__"):
+            for place in range(worker.id, len(samples), worker.num_workers):
+                yield samples[place]
+        else:
+            yield from itertools.islice(samples, worker.id, None, worker.num_workers)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__name__

@@ -1,13 +1,15 @@
 """Pieces against memorization, each alone and all in a training of a tiny open_clip model."""
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import curate
 from curate.audit import Embeddings, embed, measure
@@ -55,6 +57,8 @@ def test_a_noisy_loss_takes_what_the_model_returns() -> None:
     noisy = NoisyLoss(ClipLoss(), EmbeddingNoise(0.1))
     assert noisy(**out, output_dict=True)["contrastive_loss"] != plain
     assert noisy.eval()(**out, output_dict=True)["contrastive_loss"] == plain
+    with pytest.raises(ConfigError, match="must be image and text; got txt"):
+        NoisyLoss(ClipLoss(), EmbeddingNoise({"txt": 0.1}))
 
 
 def test_a_mask_takes_words_out_and_leaves_marks() -> None:
@@ -79,6 +83,35 @@ def test_a_mask_takes_words_out_and_leaves_marks() -> None:
     assert torch.equal(TextMask(0.9)(short), short)
     with pytest.raises(ConfigError, match="share"):
         TextMask(1.0)
+
+
+class Told(torch.nn.Module):
+    """Returns what it was called with."""
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+        return args, options
+
+
+def test_a_mask_finds_the_tokens_of_a_call() -> None:
+    torch.manual_seed(1)
+    model, pixels = Told(), torch.ones(2, 3)
+    tokens = torch.tensor([[49406, *range(1000, 1040), 49407]] * 2)
+    handle = TextMask(0.5).attach(model)
+    for name in ("text", "input_ids"):
+        args, options = model(pixels, **{name: tokens})
+        assert args[0] is pixels
+        assert (options[name] == 0).any()
+    args, _ = model(pixels, tokens)
+    assert (args[1] == 0).any()
+    assert model(pixels) == ((pixels,), {})
+    assert model(pixels, None) == ((pixels, None), {})
+    # Tokens first, as of transformers' models by position.
+    with pytest.raises(ConfigError, match=r"position 1 must be .* got \(2, 3\) torch.float32"):
+        model(tokens, pixels)
+    handle.remove()
+    TextMask(0.5).attach(model, place=0)
+    args, _ = model(tokens, pixels)
+    assert (args[0] == 0).any()
 
 
 def test_captions_are_drawn_anew_in_each_epoch() -> None:
@@ -118,11 +151,61 @@ def test_targets_get_batches_of_their_own_and_are_augmented() -> None:
     assert batches.targets == {"b"}
 
 
-def test_workers_of_a_loader_share_a_list() -> None:
-    samples = [{"uid": str(number)} for number in range(40)]
-    batches = TargetedBatches(samples, 8, lambda sample: sample, drop_last=False)
+class MapStyle(Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"uid": str(number)}
+
+
+class Walked:
+    """Neither a sequence nor a dataset."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (MapStyle()[number] for number in range(40))
+
+
+@pytest.mark.parametrize("kind", ["list", "deque", "map", "walked"])
+def test_workers_of_a_loader_share_the_samples(kind: str) -> None:
+    rows = [MapStyle()[number] for number in range(40)]
+    kinds = {"list": rows, "deque": deque(rows), "map": MapStyle(), "walked": Walked()}
+    batches = TargetedBatches(kinds[kind], 8, lambda sample: sample, drop_last=False)
     loader = DataLoader(batches, batch_size=None, num_workers=2, collate_fn=lambda batch: batch)
-    assert sorted(s["uid"] for batch in loader for s in batch) == sorted(s["uid"] for s in samples)
+    for _ in range(2):
+        found = [sample["uid"] for batch in loader for sample in batch]
+        assert sorted(found) == sorted(row["uid"] for row in rows)
+
+
+def test_samples_and_scores_that_do_not_hold() -> None:
+    with pytest.raises(ConfigError, match="in every epoch; got a generator"):
+        TargetedBatches((row for row in [{"uid": "a"}]), 8, lambda sample: sample)
+    batches = TargetedBatches([{"uid": "a"}], 8, lambda sample: sample, share=1)
+    batches.update({"a": None, "b": float("nan"), "c": 0.1})
+    assert batches.targets == {"c"}
+
+
+class Captioned(MapStyle):
+    """Draws a caption of each sample."""
+
+    def __init__(self) -> None:
+        self.draw = CaptionSampler()
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        words = np.array(["one", "two", "three"])
+        return self.draw({"uid": str(number), "caption": "one", "captions": words})
+
+
+def test_workers_that_stay_are_told_of_the_epoch() -> None:
+    samples = Captioned()
+    loader = DataLoader(
+        samples, 40, num_workers=1, persistent_workers=True, collate_fn=lambda rows: rows
+    )
+    drawn = []
+    for epoch in range(4):
+        samples.draw.set_epoch(epoch)
+        drawn.append([row["caption"] for row in next(iter(loader))])
+    assert len({*map(tuple, drawn)}) == 4
 
 
 def test_all_together_with_curated_weights_in_the_loop_of_open_clip(tmp_path: Path) -> None:

@@ -2,16 +2,17 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from curate.audit.measures import Embeddings, measure
 from curate.audit.models import embed
-from curate.errors import ConfigError
+from curate.errors import ConfigError, InputError
 
 __all__ = ["Monitor"]
 
@@ -19,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 #: What a measurement is expected to cost, in times of the dearest so far: machines stutter.
 _CAUTION = 1.25
-#: Steps before the first batch is timed: a forward pass takes less than a step, so one in so many
-#: steps is within any share from a hundredth on.
-_FIRST_STEPS = 100
+#: Steps before two batches are timed: a forward pass takes less than a step, so two in so many
+#: steps are within any share from a hundredth on.
+_FIRST_STEPS = 200
 #: Methods that two-tower models of open_clip and of transformers embed by.
 _METHODS = (("encode_image", "encode_text"), ("get_image_features", "get_text_features"))
 
@@ -31,9 +32,10 @@ class Monitor:
 
     The interval follows from what was timed: a measurement is made only when it, and all before
     it, fit into `share` of the time since the monitor was made. Training is left as it is: the
-    panel is embedded without gradients and in evaluation mode, and random states are put back.
-    Give it to one rank alone, with the module itself and not its DistributedDataParallel; sharded
-    models are not supported.
+    panel is embedded without gradients and in evaluation mode, and random states are put back. A
+    panel that cannot be measured, say because the model gave NaN, is a warning. Of several ranks
+    step it on one alone; Hugging Face's callback goes to all of them. Give it the module itself and
+    not its DistributedDataParallel; sharded models are not supported.
 
     Parameters
     ----------
@@ -92,14 +94,22 @@ class Monitor:
     ) -> None:
         if not 0 < share <= 1:
             raise ConfigError(f"Monitor: share must be in (0, 1]; got {share}. Write e.g. 0.01.")
-        if every < 1 or batch < 1:
-            raise ConfigError(f"Monitor: every and batch must be at least 1; got {every}, {batch}.")
+        if not (isinstance(every, int) and isinstance(batch, int) and every >= 1 and batch >= 1):
+            raise ConfigError(
+                f"Monitor: every and batch must be whole, at least 1; got {every}, {batch}."
+            )
+        if max_memorization is not None and not math.isfinite(max_memorization):
+            raise ConfigError(
+                f"Monitor: max_memorization must be finite; got {max_memorization}. Leave it out "
+                "for no limit."
+            )
         self._model, self._encoders = model, dict(encoders or _find_encoders(model))
-        self._candidates = {name: candidates[name] for name in self._encoders}
-        self._held_out = {name: held_out[name] for name in self._encoders}
+        self._candidates = _check_panel("candidates", candidates, self._encoders)
+        self._held_out = _check_panel("held_out", held_out, self._encoders)
+        _check_reference(reference, self._candidates, self._held_out)
         self._reference, self._share, self._every, self._batch = reference, share, every, batch
         self._max, self._report = max_memorization, report
-        self._steps = self._last = 0
+        self._steps = self._last = self._first = 0
         self._begun = time.perf_counter()
         self._spent, self._expected = 0.0, float("nan")
         self.history: list[dict[str, float]] = []
@@ -116,13 +126,22 @@ class Monitor:
         if self._steps - self._last < self._every:
             return None
         if self._expected != self._expected:  # not known yet
-            if self._steps >= _FIRST_STEPS:
+            if self._steps - self._first >= _FIRST_STEPS:
                 self._time_batch()
             return None
         elapsed = time.perf_counter() - self._begun
         if self._spent + _CAUTION * self._expected > self._share * elapsed:
             return None
-        return self.measure()
+        try:
+            return self.measure()
+        except InputError as error:
+            _log.warning("step %d: not measured; %s", self._steps, error)
+            self._last = self._steps
+            return None
+
+    def start_at(self, step: int) -> None:
+        """Number the steps from here on from `step`, that of a training that goes on."""
+        self._steps = self._last = self._first = step
 
     def measure(self) -> dict[str, float]:
         """Measure now, due or not; the time counts as spent."""
@@ -166,31 +185,46 @@ class Monitor:
         self.step()
 
     def callback(self) -> Any:
-        """Return a callback for Hugging Face's Trainer.
+        """Return a callback for Hugging Face's Trainer, to be added on every rank.
 
-        Records go to `state.log_history`; training stops once `max_memorization` is exceeded.
+        The first rank measures, and its records go to `state.log_history`; all ranks stop once
+        `max_memorization` is exceeded.
         """
         from transformers import TrainerCallback
 
         monitor = self
 
         class MonitorCallback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                monitor.start_at(state.global_step)
+
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                record = monitor.step()
+                record = monitor.step() if state.is_world_process_zero else None
                 if record is not None:
                     told = {f"audit/{name}": value for name, value in record.items()}
                     state.log_history.append({**told, "step": state.global_step})
-                if monitor.exceeded:
+                if monitor._is_exceeded_anywhere():
                     control.should_training_stop = True
                 return control
 
         return MonitorCallback()
 
+    def _is_exceeded_anywhere(self) -> bool:
+        """Tell all ranks what the first one found: one that stops alone leaves others waiting."""
+        alone = not (distributed.is_available() and distributed.is_initialized())
+        if alone or self._max is None:
+            return self.exceeded
+        found = torch.tensor([int(self.exceeded)], device=self._device())
+        distributed.broadcast(found, 0)
+        return bool(found.item())
+
     def _time_batch(self) -> None:
         """Expect the whole panel to cost what one batch of it does, times their number."""
-        with self._timed() as timed, self._apart():
-            for name, call in self._encoders.items():
-                self._on_device(call)(self._candidates[name][: self._batch])
+        # The first may compile, or load what a library puts off.
+        for _ in range(2):
+            with self._timed() as timed, self._apart():
+                for name, call in self._encoders.items():
+                    self._on_device(call)(self._candidates[name][: self._batch])
         panels = (self._candidates, self._held_out)
         batches = sum(-(-len(next(iter(one.values()))) // self._batch) for one in panels)
         self._expected = timed[0] * batches
@@ -201,10 +235,12 @@ class Monitor:
         seconds: list[float] = []
         self._synchronize()
         begun = time.perf_counter()
-        yield seconds
-        self._synchronize()
-        seconds.append(time.perf_counter() - begun)
-        self._spent += seconds[0]
+        try:
+            yield seconds
+            self._synchronize()
+        finally:
+            seconds.append(time.perf_counter() - begun)
+            self._spent += seconds[0]
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
@@ -231,7 +267,8 @@ class Monitor:
         return run
 
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        held = next(self._model.parameters(), None)
+        return torch.device("cpu") if held is None else held.device
 
     def _synchronize(self) -> None:
         if self._device().type == "cuda":
@@ -246,3 +283,41 @@ def _find_encoders(model: nn.Module) -> dict[str, Callable[[Any], Any]]:
         f"Monitor: model must have encode_image and encode_text, or get_image_features and "
         f"get_text_features; {type(model).__name__} has not. Give encoders={{...}}."
     )
+
+
+def _check_panel(what: str, panel: Any, encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse at once what would end a training at its first measurement."""
+    wanted = f"Monitor: {what} must map {', '.join(encoders)} to as many items, at least two"
+    if not isinstance(panel, Mapping):
+        raise ConfigError(f"{wanted}; got {type(panel).__name__}. Give a dict.")
+    lacking = [name for name in encoders if name not in panel]
+    if lacking:
+        raise ConfigError(f"{wanted}; {', '.join(lacking)} is missing. Add it.")
+    try:
+        counts = {name: len(panel[name]) for name in encoders}
+    except TypeError as error:
+        raise ConfigError(f"{wanted}; {error}. Give tensors or lists.") from error
+    if len({*counts.values()}) > 1 or min(counts.values()) < 2:
+        told = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise ConfigError(f"{wanted}; got {told}. Give whole pairs.")
+    return {name: panel[name] for name in encoders}
+
+
+def _check_reference(
+    reference: Any, candidates: Mapping[str, Any], held_out: Mapping[str, Any]
+) -> None:
+    if reference is None:
+        return
+    if not isinstance(reference, Embeddings):
+        raise ConfigError(
+            f"Monitor: reference must be Embeddings; got {type(reference).__name__}. Give what "
+            "`embed()` returned before the training."
+        )
+    counts = [len(next(iter(panel.values()))) for panel in (candidates, held_out)]
+    both = (reference.candidates, reference.held_out)
+    known = [next(iter(panel.values())).shape[-2] for panel in both]
+    if counts != known:
+        raise ConfigError(
+            f"Monitor: reference must be of this panel, {counts[0]} candidates and {counts[1]} "
+            f"held-out pairs; got {known[0]} and {known[1]}. Embed it anew."
+        )

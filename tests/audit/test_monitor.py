@@ -193,6 +193,102 @@ def test_in_the_trainer_of_hugging_face(tmp_path: Path) -> None:
     assert trainer.state.global_step == 1
 
 
+def step_as_rank(rank: int, meeting: str) -> None:
+    """Step one of two ranks; the first stops both."""
+    meet = f"file://{meeting}"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    model = Slow(Clock(), 0)
+    model.eval()
+    monitor = Monitor(model, panel(0), panel(1), share=1, max_memorization=-1)
+    callback = monitor.callback()
+    state = SimpleNamespace(global_step=7, is_world_process_zero=rank == 0, log_history=[])
+    control = SimpleNamespace(should_training_stop=False)
+    callback.on_train_begin(None, state, control)
+    steps = 0
+    while not control.should_training_stop:
+        steps += 1
+        callback.on_step_end(None, state, control)
+    assert bool(state.log_history) == (rank == 0)
+    assert monitor.exceeded == (rank == 0)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    torch.distributed.all_gather(counts, torch.tensor([steps]))
+    assert counts[0] == counts[1] > 1
+    if rank == 0:
+        assert monitor.history[0]["step"] == 7 + steps
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_stop_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(step_as_rank, (str(tmp_path / "meeting"),), nprocs=2)
+
+
+def test_a_slow_beginning_does_not_put_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("curate.audit.monitor.time.perf_counter", clock)
+    model = Slow(clock, 0.25)
+
+    def compile_first(rows: torch.Tensor) -> torch.Tensor:
+        clock.now += 60 if monitor._spent == 0 else 0
+        return model.encode_image(rows)
+
+    encoders = {"image": model.encode_image, "text": compile_first}
+    monitor = Monitor(model, panel(0), panel(1), encoders=encoders, batch=16, share=0.1)
+    for _ in range(2_000):
+        clock.now += 1
+        monitor.step()
+    # 61 s are spent on two batches: it waits until they and six more are a tenth, no longer.
+    assert 560 <= monitor.history[0]["step"] <= 620
+    assert monitor.spent_share <= 0.1
+
+
+def test_what_cannot_be_measured_does_not_end_a_training(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("curate.audit.monitor.time.perf_counter", clock)
+    model = Slow(clock, 0.25)
+    monitor = Monitor(model, panel(0), panel(1), share=1)
+    torch.nn.init.constant_(model.layer.bias, float("nan"))
+    for _ in range(250):
+        clock.now += 1
+        assert monitor.step() is None
+    assert "not measured; image: rows must be finite" in caplog.text
+    assert monitor.spent_share > 0
+    torch.nn.init.zeros_(model.layer.bias)
+    clock.now += 1
+    assert monitor.step() == monitor.history[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": torch.ones(4, 8)}, "candidates must map image, text .* got Tensor"),
+        ({"held_out": {"image": torch.ones(4, 8)}}, "held_out must map .* text is missing"),
+        ({"candidates": {"image": torch.ones(4, 8), "text": None}}, "NoneType"),
+        ({"candidates": {n: torch.ones(1, 8) for n in ("image", "text")}}, "got 1 of image, 1"),
+        (
+            {"held_out": {"image": torch.ones(4, 8), "text": torch.ones(3, 8)}},
+            "got 4 of image, 3 of text",
+        ),
+        ({"reference": {}}, "reference must be Embeddings; got dict"),
+        ({"batch": 2.5}, "must be whole, at least 1; got 1, 2.5"),
+        ({"max_memorization": float("nan")}, "max_memorization must be finite; got nan"),
+    ],
+)
+def test_refuses_at_once(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"candidates": panel(0), "held_out": panel(1)} | change
+    with pytest.raises(ConfigError, match=message):
+        Monitor(Slow(Clock(), 0), **given)
+
+
+def test_a_reference_of_another_panel() -> None:
+    model = Slow(Clock(), 0)
+    fewer = {name: rows[:30] for name, rows in panel(0).items()}
+    reference = Monitor(model, fewer, panel(1)).embed()
+    with pytest.raises(ConfigError, match="40 candidates and 40 held-out pairs; got 30 and 40"):
+        Monitor(model, panel(0), panel(1), reference=reference)
+
+
 def test_parameters() -> None:
     assert curate.audit.Monitor is Monitor
     model = Slow(Clock(), 0)
