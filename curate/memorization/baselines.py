@@ -4,6 +4,7 @@ Conventions are those of `curate.memorization.metrics`, from which these are mea
 """
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,8 @@ def lemon(
     ------
     ValueError
         If N < 2, shapes do not fit, a row is not finite or not of unit norm, D and E differ
-        without a `pair_distance`, all samples are of one cluster, or a setting is out of range.
+        without a `pair_distance`, a sample's cluster is unknown, all samples are of one, or a
+        setting is out of range.
 
     References
     ----------
@@ -148,9 +150,7 @@ def lemon(
     apart = _pair_distance(pair, pair_distance)
     groups = np.arange(number)
     if clusters is not None:
-        groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
-        if groups.shape != (number,):
-            raise ValueError(f"clusters: must be ({number},); got {np.shape(clusters)}")
+        groups = _number_clusters(clusters, number)
         if groups.max() == 0:
             raise ValueError("clusters: must be at least two; got 1; leave them out")
     result = apart.copy()
@@ -168,6 +168,24 @@ def lemon(
             say = np.exp(-weights.tau1 * gap - weights.tau2 * apart[nearest]) * found
             result[part] += weight * (np.maximum(other, 0) * say).sum(1) / found.sum(1)
     return result
+
+
+def _number_clusters(clusters: Array, number: int) -> Array:
+    """Check the clusters of so many samples and number them: (N,) int64."""
+    if isinstance(clusters, np.ma.MaskedArray):
+        raise ValueError("clusters: must not be masked; leave out the rows that are")
+    names = np.asarray(clusters, object)  # of a list that holds a NaN NumPy else makes texts
+    if names.shape != (number,):
+        raise ValueError(f"clusters: must be ({number},); got {names.shape}")
+    places: dict[Any, int] = {}
+    for row, name in enumerate(names):
+        if not isinstance(name, str) and not (isinstance(name, Real) and name == name):
+            raise ValueError(
+                f"clusters: must be numbers or texts; got {name!r} in row {row}; "
+                "give a sample without a cluster one of its own"
+            )
+        places.setdefault(name, len(places))
+    return np.array([places[name] for name in names], np.int64)
 
 
 def _pair_distance(pair: tuple[Array, Array], given: Array | None) -> Array:

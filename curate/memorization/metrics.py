@@ -215,7 +215,10 @@ def rescale(scores: Array) -> Array:
     difference / (maximum - minimum).
     """
     values = checks.finite_row("scores", scores)
-    span = values.max(initial=0) - values.min(initial=0)
+    low, high = values.min(initial=0), values.max(initial=0)
+    if high / 2 - low / 2 > np.finfo(np.float64).max / 2:  # their range is no float64
+        values, low, high = values / 2, low / 2, high / 2
+    span = high - low
     return values / span if span > 0 else np.zeros(len(values))
 
 

@@ -101,6 +101,8 @@ def test_lemon_with_given_distances_and_without_ones_own_cluster() -> None:
     names = np.array(["a", "b", "c", "d"])[clusters]
     again = lemon(image, text, 75, pair_distance=apart, clusters=names)
     assert np.array_equal(again, found)
+    mixed = np.array([*clusters[:40].tolist(), *names[40:]], object)  # as a table's column may be
+    assert np.isfinite(lemon(image, text, pair_distance=apart, clusters=mixed)).all()
 
 
 def test_lemon_finds_swapped_captions() -> None:
@@ -175,6 +177,10 @@ ZERO_ROW = GOOD * (np.arange(4) != 1)[:, None]
         (lemon, {"pair_distance": np.full(4, np.nan)}, "pair_distance: .* finite"),
         (lemon, {"clusters": np.arange(3)}, "clusters: must be .4,."),
         (lemon, {"clusters": np.zeros(4)}, "clusters: must be at least two"),
+        (lemon, {"clusters": np.array(["a", None, "b", "b"])}, "texts; got None in row 1; give"),
+        (lemon, {"clusters": np.array([0, 1, np.nan, np.nan])}, "texts; got nan in row 2"),
+        (lemon, {"clusters": ["a", "b", "c", np.nan]}, "texts; got nan in row 3"),
+        (lemon, {"clusters": np.ma.masked_equal(np.arange(4), 2)}, "clusters: must not be masked"),
     ],
 )
 def test_wrong_settings_are_refused(measure, arguments: dict, message: str) -> None:

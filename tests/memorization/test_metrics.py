@@ -171,6 +171,14 @@ def test_rescale_divides_by_the_range() -> None:
     assert rescale(np.zeros(2)).tolist() == [0, 0]
 
 
+def test_rescale_of_numbers_at_the_ends_of_float64() -> None:
+    most, least = np.finfo(np.float64).max, np.finfo(np.float64).smallest_subnormal
+    assert rescale(np.array([1e308, -1e308])).tolist() == [0.5, -0.5]
+    assert rescale(np.array([most, 0, -most])).tolist() == [0.5, 0, -0.5]
+    assert rescale(np.array([most, most / 2])).tolist() == [1, 0.5]
+    assert rescale(np.array([least, -least])).tolist() == [0.5, -0.5]
+
+
 def test_sslmem_is_the_gap_of_distances_between_views() -> None:
     inside, outside = _unit(4, 6, 3), _unit(3, 6, 9)
     expected = []
