@@ -330,10 +330,10 @@ def export(
 @click.option("--run", "run_out", metavar="OUT", help="Finished run that judged the candidates.")
 @click.option("--output", "-o", "out", metavar="DIR", help="Folder for table and page.")
 @click.option(
-    "--limit", type=click.IntRange(2), default=10_000, show_default=True,
-    help="Candidates, and held-out pairs, drawn at most.",
+    "--limit", type=click.IntRange(2),
+    help="Candidates, and held-out pairs, drawn at most; default: 10000.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Draws these.")
+@click.option("--seed", type=int, help="Draws these; default: 0.")
 @click.option(
     "--search/--no-search",
     default=True,

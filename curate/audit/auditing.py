@@ -9,6 +9,7 @@ import pyarrow as pa
 from curate import storage
 from curate.audit.measures import Embeddings, Measures, measure
 from curate.audit.models import list_checkpoints, step_of
+from curate.audit.panel import naming
 from curate.audit.recall import Recall, measure_recall
 from curate.audit.sources import Known, Request, open_source
 from curate.engine.runner import Progress
@@ -64,7 +65,10 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
             "--max-harmful: needs to know which captions are wrong; give the run that judged the "
             "candidates, with its scores: --run OUT."
         )
-    reference = source.load(request.reference) if request.reference else None
+    reference = None
+    if request.reference:
+        with naming("--reference"):
+            reference = source.load(request.reference)
     results, tables = [], []
     progress.begin("audit", "checkpoints", len(paths), 0)
     for number, path in enumerate(paths):

@@ -26,6 +26,8 @@ Array = np.ndarray[Any, Any]
 _THUMBNAIL_PX = 128
 #: Candidates held at once.
 _CHUNK = 1024
+#: How a held-out picture is found among the candidates, the surest first.
+_EVIDENCE = ("bytes", "pixels", "near-duplicate")
 
 
 @dataclass
@@ -102,8 +104,8 @@ class Copies:
     Parameters
     ----------
     overlap : dict of int to str
-        By row of the held-out panel, how it is among the candidates: `uid`, `bytes`, `pixels` or
-        `near-duplicate`.
+        By row of the held-out panel, how it is among the candidates: `bytes`, else `pixels`, else
+        `near-duplicate`. By content alone: of two inputs, both may have a 000.jpg.
     seen : (N,) int64
         How many of all candidates show what a candidate of the panel shows, itself included.
     clusters : (N,) str
@@ -140,40 +142,31 @@ def find_copies(
     """
     panels, known = (chosen[0], held_out[0]), (chosen[1], held_out[1])
     border = len(panels[0])
-    uids = {uid: row for row, uid in enumerate(panels[1].uids)}
     same = [_places(known[0].sha256 + known[1].sha256), _places(known[0].pixels + known[1].pixels)]
     seen = np.zeros(border, np.int64)
     own = {uid: row for row, uid in enumerate(panels[0].uids)}
     edges: list[tuple[int, int]] = []
-    overlap: dict[int, str] = {}
+    ranks: dict[int, int] = {}
     for part, looks in _walk(everything, chosen, encoder):
-        found: set[tuple[int, int]] = set()
-        for name, column, places in (
-            ("bytes", looks.sha256, same[0]),
-            ("pixels", looks.pixels, same[1]),
-        ):
-            for row, value in enumerate(column):
-                for place in places.get(value, ()) if value else ():
-                    found.add((row, place))
-                    if place >= border:
-                        overlap.setdefault(place - border, name)
-        for uid, digest in zip(part.uids, looks.sha256, strict=True):
-            # Of two inputs, equal names alone say nothing: both may have a 000.jpg.
-            if uid in uids and known[1].sha256[uids[uid]] == digest:
-                overlap[uids[uid]] = "uid"
-        for row, place in _near(looks, known):
-            found.add((row, place))
-            if place >= border:
-                overlap.setdefault(place - border, "near-duplicate")
+        by_evidence = (
+            _equal(looks.sha256, same[0]),
+            _equal(looks.pixels, same[1]),
+            _near(looks, known),
+        )
+        for rank, pairs in enumerate(by_evidence):
+            for _, place in pairs:
+                if place >= border:
+                    ranks[place - border] = min(rank, ranks.get(place - border, rank))
         names = part.uids
-        for row, place in found:
+        for row, place in {pair for pairs in by_evidence for pair in pairs}:
             if place < border:
                 seen[place] += 1
                 if names[row] in own:
                     edges.append((own[names[row]], place))
         advance(len(part))
     clusters = np.array(panels[0].uids, str)[_label(border, edges)]
-    return Copies(dict(sorted(overlap.items())), np.maximum(seen, 1), clusters)
+    overlap = {row: _EVIDENCE[rank] for row, rank in sorted(ranks.items())}
+    return Copies(overlap, np.maximum(seen, 1), clusters)
 
 
 def _walk(
@@ -206,6 +199,13 @@ def _places(values: list[str]) -> dict[str, list[int]]:
     for place, value in enumerate(values):
         found.setdefault(value, []).append(place)
     return found
+
+
+def _equal(column: list[str], places: dict[str, list[int]]) -> list[tuple[int, int]]:
+    """Pairs of a row and a place of the same value; "" is none."""
+    return [
+        (row, place) for row, value in enumerate(column) if value for place in places.get(value, ())
+    ]
 
 
 def _near(looks: Looks, known: tuple[Looks, Looks]) -> list[tuple[int, int]]:

@@ -13,7 +13,15 @@ from curate.audit.measures import Embeddings
 from curate.errors import InputError
 from curate.models import OPEN_CLIP
 
-__all__ = ["embed", "find_shared", "is_named", "list_checkpoints", "read_folder", "step_of"]
+__all__ = [
+    "embed",
+    "find_repeated",
+    "find_shared",
+    "is_named",
+    "list_checkpoints",
+    "read_folder",
+    "step_of",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -90,22 +98,48 @@ def find_shared(given: Embeddings) -> Array:
     (K,) int64
         Rows of held-out samples, ascending.
     """
-    candidates, held_out = (
-        np.concatenate([np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in side], axis=1)
-        for side in given.arrays()
-    )
-    known = {row.tobytes() for row in candidates}
+    candidates, held_out = map(_row_bytes, given.arrays())
+    known = set(candidates)
     if len(known) == 1:
         return np.zeros(0, np.int64)
-    shared = [place for place, row in enumerate(held_out) if row.tobytes() in known]
+    shared = [place for place, row in enumerate(held_out) if row in known]
     return np.array(shared, np.int64)
+
+
+def find_repeated(given: Embeddings) -> Array:
+    """Find held-out samples whose embeddings an earlier one has, number by number.
+
+    Of a model that makes the same of all candidates nothing is told, as by `find_shared`.
+
+    Returns
+    -------
+    (K,) int64
+        Rows of held-out samples, ascending.
+    """
+    candidates, held_out = map(_row_bytes, given.arrays())
+    if len(set(candidates)) == 1:
+        return np.zeros(0, np.int64)
+    first: dict[bytes, int] = {}
+    repeated = [place for place, row in enumerate(held_out) if first.setdefault(row, place) < place]
+    return np.array(repeated, np.int64)
+
+
+def _row_bytes(arrays: list[Array]) -> list[bytes]:
+    """Return the bytes of each sample's embeddings, of all modalities and views."""
+    parts = [np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in arrays]
+    return [row.tobytes() for row in np.concatenate(parts, axis=1)]
 
 
 def _read_array(path: Path) -> Array:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile, MemoryError) as error:
-        raise InputError(f"{path}: must be an array of numbers; {error}. Write it anew.") from error
+        why = str(error)
+        if isinstance(error, ValueError) and "pickle" in why:  # with advice to load it all the same
+            why = "it holds Python objects, or is no .npy"
+        raise InputError(
+            f"{path}: must be an array of numbers; {why}. Save it anew as float32, by numpy.save."
+        ) from error
     return _unit(str(path), array)
 
 

@@ -1,5 +1,6 @@
 """Samples to measure on: from any input that curate reads, or what a finished run kept."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from PIL import Image
 
 from curate import formats, storage
 from curate.engine.finished import read_finished
-from curate.errors import ConfigError, InputError
+from curate.errors import ConfigError, CurateError, InputError
 from curate.formats.pixels import decode
 from curate.formats.sources import find_root
 from curate.memorization.folds import hash_unit
@@ -27,6 +28,7 @@ __all__ = [
     "finished_run",
     "join_run",
     "list_samples",
+    "naming",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -90,6 +92,17 @@ class Panel:
             yield decode(data, MAX_PIXELS, working_px).image if data else None
 
 
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Begin errors about what an option gave with its name, unless they name another."""
+    try:
+        yield
+    except CurateError as error:
+        if str(error).startswith("--"):
+            raise
+        raise type(error)(f"{option} {error}") from error
+
+
 def finished_run(inputs: Sequence[str]) -> str | None:
     """Return the OUT of a finished run if the inputs are one, or its `shards`."""
     for path in inputs:
@@ -118,8 +131,9 @@ def list_samples(inputs: Sequence[str], where: str, dataset: str = "") -> Panel:
     """
     out = finished_run(inputs)
     paths = (storage.join(out, "shards"),) if out else tuple(inputs)
-    root = find_root(paths)
-    layout, sources = formats.list_sources(paths, root)
+    with naming(where):
+        root = find_root(paths)
+        layout, sources = formats.list_sources(paths, root)
     if formats.FORMATS[layout].open_vectors is not None:
         raise InputError(
             f"{where}: must hold images, for the checkpoint to embed; got vectors ({layout}). Name "

@@ -9,8 +9,8 @@ import numpy as np
 
 from curate.audit.copies import Looks, find_copies, look_at
 from curate.audit.measures import Embeddings
-from curate.audit.models import find_shared, is_named, read_folder
-from curate.audit.panel import Panel, embed_panel, finished_run, join_run, list_samples
+from curate.audit.models import find_repeated, find_shared, is_named, read_folder
+from curate.audit.panel import Panel, embed_panel, finished_run, join_run, list_samples, naming
 from curate.audit.recall import name_objects
 from curate.engine.finished import read_finished
 from curate.engine.runner import Progress
@@ -25,6 +25,8 @@ __all__ = ["Checkpoints", "Folders", "Known", "Request", "open_source"]
 
 Array = np.ndarray[Any, Any]
 
+#: Samples that are measured, where the request does not say.
+_MOST = 10_000
 _SEED_PUBLIC = 0
 
 
@@ -46,10 +48,11 @@ class Request:
     run : str or None
         A finished run whose decisions tell of the candidates; default: theirs.
     output : str or None
-    limit : int
-        Candidates, and held-out pairs, that are measured at most.
-    seed : int
-        Draws them.
+    limit : int or None
+        Candidates, and held-out pairs, that are measured at most; default: 10 000. Not of folders
+        of embeddings, which are measured as they are.
+    seed : int or None
+        Draws them; default: 0.
     search : bool
         Look for copies, of held-out pairs among the candidates and of candidates, and test for
         deja vu; else only the models themselves are run.
@@ -68,8 +71,8 @@ class Request:
     reference: str | None = None
     run: str | None = None
     output: str | None = None
-    limit: int = 10_000
-    seed: int = 0
+    limit: int | None = None
+    seed: int | None = None
     search: bool = True
     drop_overlap: bool = False
     max_memorization: float | None = None
@@ -113,14 +116,23 @@ class Folders:
     """Embeddings that others made."""
 
     def __init__(self, request: Request, paths: Sequence[str]) -> None:
-        given = {"--candidates": request.candidates, "--held-out": request.held_out,
-                 "--model": request.model}  # fmt: skip
-        for name, value in given.items():
-            if value:
+        given = {
+            "--candidates": bool(request.candidates), "--held-out": bool(request.held_out),
+            "--model": bool(request.model), "--limit": request.limit is not None,
+            "--seed": request.seed is not None, "--no-search": not request.search,
+        }  # fmt: skip
+        for name, is_given in given.items():
+            if is_given:
                 raise ConfigError(
                     f"{name}: must not be given with folders of embeddings, which {paths[0]} is. "
                     "Leave it out."
                 )
+        if request.reference and not Path(request.reference).is_dir():
+            kind = "it is a file" if Path(request.reference).exists() else "there is no such folder"
+            raise InputError(
+                f"--reference {request.reference}: must be a folder of embeddings, as {paths[0]} "
+                f"is; {kind}. Embed the same samples with the reference, or leave it out."
+            )
         first = read_folder(paths[0])
         number = np.shape(next(iter(first.candidates.values())))[-2]
         names = Path(paths[0], "candidates", "uids.txt")
@@ -134,24 +146,42 @@ class Folders:
         self.known.warnings.append(
             "held-out samples were compared with the candidates by equal embeddings alone"
         )
-        self._shared = find_shared(first)
         self._count = np.shape(next(iter(first.held_out.values())))[-2]
-        if len(self._shared):
-            self._refuse(paths[0], request)
+        shared = find_shared(first)
+        if len(shared):
+            self._refuse(paths[0], shared, request)
+        repeated = np.setdiff1d(find_repeated(first), shared)
+        self._left_out = np.union1d(shared, repeated)
+        if len(repeated):
+            self._count_once(paths[0], len(repeated))
         if request.run:
             _take_run(self.known, request.run)
 
-    def _refuse(self, path: str, request: Request) -> None:
+    def _refuse(self, path: str, shared: Array, request: Request) -> None:
         if not request.drop_overlap:
             raise InputError(
                 f"{path}: held_out must hold nothing that is among the candidates; "
-                f"{len(self._shared)} of {self._count} samples are (by equal embeddings), the "
-                f"first in row {self._shared[0]}. Leave them out with --drop-overlap, or write "
+                f"{len(shared)} of {self._count} samples are (by equal embeddings), the "
+                f"first in row {shared[0]}. Leave them out with --drop-overlap, or write "
                 "others."
             )
         self.known.warnings.append(
-            f"{len(self._shared)} held-out samples are among the candidates (by equal embeddings): "
+            f"{len(shared)} held-out samples are among the candidates (by equal embeddings): "
             "left out"
+        )
+
+    def _count_once(self, path: str, repeated: int) -> None:
+        """Tell that one of equal samples is left, as copies would pass for evidence of their own.
+
+        `repeated` of the held-out samples have the embeddings of earlier ones.
+        """
+        if self._count - len(self._left_out) < 2:
+            raise InputError(
+                f"{path}: held_out must be of at least 2 different samples; got 1 (by equal "
+                "embeddings). Write others."
+            )
+        self.known.warnings.append(
+            f"{repeated} held-out samples have the embeddings of others of them: left out"
         )
 
     def load(self, path: str) -> Embeddings:
@@ -164,9 +194,9 @@ class Folders:
                 f"{path}: must hold the {self._count} held-out samples of the first folder; got "
                 f"{count}. Embed the same with all models."
             )
-        if not len(self._shared):
+        if not len(self._left_out):
             return found
-        rest = {name: np.delete(rows, self._shared, axis=-2) for name, rows in names.items()}
+        rest = {name: np.delete(rows, self._left_out, axis=-2) for name, rows in names.items()}
         return Embeddings(found.candidates, rest)
 
 
@@ -194,20 +224,24 @@ class Checkpoints:
             )
         # What is soon known before what takes a while.
         if request.reference in files and not Path(request.reference).is_file():
+            kind = "it is a folder" if Path(request.reference).is_dir() else "no such file"
             raise InputError(
-                f"--reference {request.reference}: must be a checkpoint; no such file. Correct it."
+                f"--reference {request.reference}: must be a checkpoint; {kind}. Correct it."
             )
         if request.run:
             read_finished(request.run)
-        for inputs in (request.candidates, request.held_out):
-            list_files(inputs, find_root(inputs))
+        for name, inputs in (("--candidates", request.candidates),
+                             ("--held-out", request.held_out)):  # fmt: skip
+            with naming(name):
+                list_files(inputs, find_root(inputs))
         from curate.models.precision import pick_device
 
         self._device, self._model = pick_device(), request.model or ""
         # Before hours of work on the samples: the first tells whether the architecture is right.
         self._loaded = (paths[0], self._encoder(paths[0]))
         if request.reference:
-            self._encoder(request.reference)
+            with naming("--reference"):
+                self._encoder(request.reference)
         self._prepare(request, progress)
 
     def _encoder(self, path: str) -> "Encoder":
@@ -221,8 +255,9 @@ class Checkpoints:
         run = request.run or finished_run(request.candidates)
         dataset = _dataset_of(run) if run else ""
         everything = list_samples(request.candidates, "--candidates", dataset)
-        held_out = list_samples(request.held_out, "--held-out").draw(request.limit, request.seed)
-        panel = everything.draw(request.limit, request.seed)
+        most, seed = _MOST if request.limit is None else request.limit, request.seed or 0
+        held_out = list_samples(request.held_out, "--held-out").draw(most, seed)
+        panel = everything.draw(most, seed)
         warnings: list[str] = []
         judge = _load_judge(warnings) if request.search else None
         panel, looks = _usable(panel, judge, "--candidates")

@@ -297,7 +297,7 @@ def list_files(inputs: tuple[str, ...], root: str) -> list[File]:
     for fs, path, text in _patterns(inputs):
         found = _find(fs, path, text)
         if not found:
-            raise InputError(f"{text}: must hold files; it is empty. Check --input.")
+            raise InputError(f"{text}: must hold files; it is empty. Name another.")
         for one, info in found.items():
             file = _file(fs, one, info, root, text)
             files[file.name] = file
@@ -323,7 +323,7 @@ def _find(fs: fsspec.AbstractFileSystem, path: str, text: str) -> dict[str, dict
         why = f"{error.filename or text}: {error.strerror or error}"
         raise InputError(f"{text}: must be readable; got {why}. Check permissions.") from error
     if not matches:
-        raise InputError(f"{text}: must match at least one file; matches none. Check --input.")
+        raise InputError(f"{text}: must match at least one file; matches none. Correct it.")
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from curate import storage
-from curate.audit import tracking
+from curate.audit import copies, tracking
 from curate.audit.auditing import audit, check_limits, figures
 from curate.audit.models import is_named
 from curate.audit.panel import list_samples
@@ -179,8 +179,21 @@ def test_equal_names_of_other_pictures_are_no_overlap(trained: Trained, tmp_path
     both = {"candidates": (str(tmp_path / "train"),), "held_out": (str(tmp_path / "val"),)}
     assert run(trained.request(**both))["held_out"] == COUNT
     write_pairs(tmp_path / "val" / "00000.tar", [trained.candidates[0], *trained.held_out[1:]])
-    with pytest.raises(InputError, match=r"1 of 32 pairs are .*1 by uid"):
+    with pytest.raises(InputError, match=r"1 of 32 pairs are \(1 by bytes\)"):
         run(trained.request(**both))
+
+
+def test_the_surest_evidence_of_an_overlap_is_told(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "_CHUNK", 1)
+    image, caption = trained.held_out[0]
+    tar = tmp_path / "with-copies.tar"
+    for more, kind in (([], "pixels"), ([(image, caption)], "bytes")):
+        longer = (image + b"\0", caption)  # decodes to the same
+        write_pairs(tar, [*trained.candidates[:3], longer, *more])
+        with pytest.raises(InputError, match=rf"1 of 32 pairs are \(1 by {kind}\)"):
+            run(trained.request(candidates=(str(tar),), search=False))
 
 
 def test_pairs_that_are_held_out_and_candidates_are_found_without_a_search(
@@ -313,11 +326,14 @@ def test_what_is_not_there_is_told_before_a_model_is_loaded(
 ) -> None:
     (tmp_path / "text.pt").write_text("no checkpoint")
     request = trained.request(str(tmp_path / "text.pt"))
-    none = str(tmp_path / "none")
+    none, folder = str(tmp_path / "none"), str(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
     for change, told in (
         ({"reference": none}, "--reference .*: must be a checkpoint; no such file"),
-        ({"candidates": (none,)}, "no such path"),
-        ({"held_out": (none,)}, "no such path"),
+        ({"reference": folder}, "^--reference .*folder: must be a checkpoint; it is a folder"),
+        ({"candidates": (none,)}, "^--candidates .*none: .* no such path"),
+        ({"held_out": (none,)}, "^--held-out .*none: .* no such path"),
+        ({"held_out": (folder,)}, "^--held-out .*folder: must hold files; it is empty. Name anot"),
         ({"run": none}, "must hold a finished run; there is no such folder"),
     ):
         with pytest.raises(CurateError, match=told):
@@ -337,6 +353,9 @@ def test_a_reference_that_has_seen_the_candidates(trained: Trained) -> None:
     assert "it has probably seen them" in line
     assert "sign test, p " in line
     assert f"Warning: {line}" in describe_audit(report)
+    for path in (trained.candidates_tar, trained.config):
+        with pytest.raises(InputError, match=rf"^--reference {path}: must hold tensors"):
+            run(trained.request(reference=str(path), search=False))
     unseen = str(trained.folder / "reference.safetensors")
     report = run(trained.request(reference=unseen, search=False))
     assert not any("reference" in line for line in report["checkpoints"][0]["warnings"])
@@ -373,8 +392,13 @@ def test_folders_of_embeddings_of_three_modalities(tmp_path: Path) -> None:
         one["estimates"]["multimem"]["mean"] / 3
     )
     assert figures(one)["auc"] == one["auc"]
+    file = reference / "candidates" / "text.npy"
     with pytest.raises(ConfigError, match="--model: must not be given with folders of embeddings"):
         run(Request((str(model),), model="ViT-B-32"))
+    for path, told in ((tmp_path / "none", "there is no such folder"), (file, "it is a file")):
+        message = rf"^--reference {path}: must be a folder of embeddings, as {model} is; {told}"
+        with pytest.raises(InputError, match=message):
+            run(Request((str(model),), reference=str(path)))
     (model / "held_out" / "sound.npy").unlink()
     with pytest.raises(InputError, match="must hold the modalities"):
         run(Request((str(model),)))
@@ -417,6 +441,55 @@ def test_folders_whose_held_out_samples_are_candidates(tmp_path: Path) -> None:
     for path in clean.glob("*/*.npy"):
         np.save(path, np.ones((90, 16)), allow_pickle=False)
     assert run(Request((str(clean),)))["held_out"] == 90
+
+
+@pytest.mark.parametrize("options", [["--limit", 10_000], ["--seed", 0], ["--no-search"]])
+def test_folders_are_measured_as_they_are(tmp_path: Path, options: list[object]) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    done = curate("audit", model, *options)
+    assert done.returncode == 2
+    assert only_error(done.stderr) == (
+        f"Error: {options[0]}: must not be given with folders of embeddings, which {model} is. "
+        "Leave it out."
+    )
+
+
+def test_equal_held_out_samples_of_folders_count_once(tmp_path: Path) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    alone = run(Request((str(model),)))
+    copied = write_embeddings(tmp_path / "copied", 1, 0)
+    for name in ("image", "text", "sound"):
+        path = copied / "held_out" / f"{name}.npy"
+        rows = np.load(path)
+        again = rows[:9].copy()
+        if name == "image":  # another picture of the same text and sound is a sample of its own
+            again[8] = rows[50]
+        np.save(path, np.concatenate([rows, again]), allow_pickle=False)
+    report = run(Request((str(copied),), reference=str(copied)))
+    assert report["held_out"] == 91
+    assert report["warnings"][1] == (
+        "8 held-out samples have the embeddings of others of them: left out"
+    )
+    for name in ("image", "text", "sound"):
+        path = copied / "held_out" / f"{name}.npy"
+        np.save(path, np.load(path)[:-1], allow_pickle=False)
+    assert run(Request((str(copied),)))["checkpoints"][0]["auc"] == alone["checkpoints"][0]["auc"]
+    for path in copied.glob("held_out/*.npy"):
+        np.save(path, np.load(path)[:1].repeat(90, 0), allow_pickle=False)
+    with pytest.raises(InputError, match="held_out must be of at least 2 different samples; got 1"):
+        run(Request((str(copied),)))
+
+
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    model = write_embeddings(tmp_path / "model", 1, 0)
+    path = model / "held_out" / "text.npy"
+    np.save(path, np.load(path).astype(object), allow_pickle=True)
+    with pytest.raises(InputError) as caught:
+        run(Request((str(model),)))
+    assert str(caught.value) == (
+        f"{path}: must be an array of numbers; it holds Python objects, or is no .npy. Save it "
+        "anew as float32, by numpy.save."
+    )
 
 
 def test_folders_of_different_widths(tmp_path: Path) -> None:
