@@ -405,9 +405,9 @@ def audit(
     "--limit", type=click.IntRange(1), default=20_000, show_default=True,
     help="Samples that are trained on or held out at most.",
 )  # fmt: skip
-@click.option("--seeds", type=click.IntRange(2), default=3, show_default=True,
+@click.option("--seeds", type=click.IntRange(2, 1000), default=3, show_default=True,
               help="Students per setting at most.")  # fmt: skip
-@click.option("--epochs", type=_Number(0, min_open=True),
+@click.option("--epochs", type=_Number(0, 1000, min_open=True),
               help="Passes over the data that a student's steps amount to.")  # fmt: skip
 @click.option("--weighted", is_flag=True, help="Draw samples by their weights while training.")
 @click.option("--controls/--no-controls", default=True,

@@ -50,7 +50,8 @@ class Request:
     labels : str or None
         See `read_labels`.
     held_out : float
-        Share of the clusters that judges a seed's students, another for each seed.
+        Share of the clusters that judges a seed's students, another for each seed; at most
+        1 / `seeds`, and a plan's warning where that is less than asked.
     held_out_list : str or None
         Names the pairs that judge all instead, see `read_uids`.
     limit : int
@@ -98,8 +99,9 @@ def ablate(request: Request, workers: Pool, progress: Progress) -> dict[str, Any
     Returns
     -------
     dict
-        `plan` (`students`, `missing`, `steps`, `batch`, `seconds_each`, `minutes`), and without
-        `request.plan` `lines`, `recommended`, `warnings` and what was compared on.
+        `plan` (`students`, `missing`, `steps`, `batch`, `seconds_each`, `minutes`, `at_once`,
+        `warnings`), and without `request.plan` `lines`, `recommended`, `warnings` and what was
+        compared on.
 
     Raises
     ------
@@ -137,6 +139,7 @@ def _ablate(
     if missing:
         warnings = commit_data(room, pairs, budget, labels, folder)
     plan = _plan(budget, tasks, missing, folder, lines[0], workers.planned())
+    plan["warnings"] = _warn_of_share(request)
     if request.plan:
         _clear(folder)
         return {"plan": plan}
@@ -243,14 +246,25 @@ def page_of(out: str) -> str:
 
 
 def describe_cost(plan: dict[str, Any]) -> str:
-    """Say what is to come, as one line."""
+    """Say what is to come, as one line, and a line for each warning of the plan."""
     done = plan["students"] - plan["missing"]
-    return (
+    told = (
         f"{plan['students']} students of {plan['steps']} steps of {plan['batch']} pairs"
         + (f", {done} of them finished before" if done else "")
         + f": at most about {plan['minutes']:.1f} minutes, {plan['seconds_each']:.1f} s each, "
         f"{plan['at_once']} at once"
     )
+    return "\n".join([told, *(f"Warning: {line}" for line in plan["warnings"])])
+
+
+def _warn_of_share(request: Request) -> list[str]:
+    most = 1 / request.seeds
+    if request.held_out_list is not None or request.held_out <= most:
+        return []
+    return [
+        f"--held-out {request.held_out:g} is lowered to {most:.3g}: each of {request.seeds} seeds "
+        "holds out clusters that no other does"
+    ]
 
 
 def _warn(lines: list[Line]) -> list[str]:

@@ -72,15 +72,19 @@ def _read_columns(option: str, path: str, names: tuple[str, ...]) -> list[list[s
     what = f"a table of {' and '.join(names)}"
     if not storage.exists(path):
         raise InputError(f"{option} {path}: must be {what}; no such path. Correct it.")
-    with readable(path, what):
+    fs, place = storage.filesystem(path)
+    if fs.isdir(place):
+        raise InputError(f"{option} {path}: must be {what}; it is a folder. Name a file.")
+    with readable(f"{option} {path}", what):
         table = _read(path, names)
+        columns = table.column_names  # decoded as they are asked for
     for name in names:
-        if table.column_names.count(name) != 1:
-            shown = ", ".join(table.column_names[:12]) or "none"
+        if columns.count(name) != 1:
+            shown = ", ".join(columns[:12]) or "none"
             raise InputError(
                 f"{option} {path}: must have the column {name} once; got {shown}. Rename one."
             )
-    with readable(path, what):
+    with readable(f"{option} {path}", what):
         return [table[name].cast(pa.string()).to_pylist() for name in names]
 
 

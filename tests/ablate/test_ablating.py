@@ -134,6 +134,21 @@ def test_a_plan_is_all_that_was_asked_for(out: Path, tmp_path: Path) -> None:
     assert not [name for name in list_tree(out) if name.startswith("ablate/")]
 
 
+def test_a_share_that_seeds_cannot_have_is_told(out: Path, tmp_path: Path) -> None:
+    options = ["--grid", grid(tmp_path), "--model", "heads", "--seeds", "3", "--plan"]
+    told = call("ablate", out, *options, "--held-out", "0.5").splitlines()
+    assert told[0].startswith("12 students of ")
+    assert told[1:] == [
+        "Warning: --held-out 0.5 is lowered to 0.333: each of 3 seeds holds out clusters that no "
+        "other does"
+    ]
+    path = tmp_path / "judges.csv"
+    path.write_text("\n".join(["uid", *map(uid_of, range(150))]))
+    for asked in ({"held_out": 0.5}, {"held_out": 0.9, "held_out_list": str(path)}):
+        plan = ablate(request(out, options[1], plan=True, **asked), Local(), Silent())["plan"]
+        assert plan["warnings"] == []
+
+
 def test_the_command_gives_the_same_on_any_workers(
     written: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -359,6 +374,8 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
     labels.write_text("uid,class\na,b\n")
     few = tmp_path / "few.csv"
     few.write_text(f"uid,label\n{uid_of(1)},a\n")
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"\x89PNG\r\n")
     rare = tmp_path / "rare.csv"
     rare.write_text(f"uid,label\n{uid_of(1)},a\n{uid_of(2)},b\n")
     cases: list[tuple[Request, type[Exception], str]] = [
@@ -369,6 +386,11 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
         (request(out, good, labels=str(tmp_path / "no.csv")), InputError, "no such path"),
         (request(out, good, labels=str(labels)), InputError, "must have the column label"),
         (request(out, good, labels=str(few)), InputError, "at least two classes"),
+        (request(out, good, labels=str(tmp_path)), InputError,
+         "^--labels .*: must be a table of uid and label; it is a folder. Name a file"),
+        (request(out, good, labels=str(picture)), InputError, "^--labels .* cannot be read: 'utf"),
+        (request(out, good, held_out_list=str(tmp_path)), InputError,
+         "^--held-out-list .*: must be a table of uid; it is a folder"),
         (request(out, good, labels=str(rare)), InputError, "at least two of the pairs that judge"),
         (request(out, good, held_out_list=str(tmp_path / "no.csv")), InputError, "no such path"),
         (request(write_run(tmp_path / "t", thumbnail=False), good), InputError, "thumbnail"),
@@ -384,6 +406,8 @@ def test_what_else_a_user_can_do_wrong(out: Path, tmp_path: Path) -> None:
         ablate(request(out, good, labels=str(twice)), Local(), Silent())
     for option in ("--held-out", "--epochs"):
         assert "is not a finite number" in call("ablate", out, option, "nan", exit_code=2)
+    for option in ("--epochs", "--seeds"):
+        assert "is not in the range" in call("ablate", out, option, str(10**12), exit_code=2)
     done = curate("ablate", tmp_path / "none")
     assert done.returncode == 2
     assert "must hold a finished run" in only_error(done.stderr)
