@@ -497,9 +497,13 @@ def _absolute(folder: str) -> str:
     return str(path) if storage.is_local(folder) else str(fs.unstrip_protocol(path))
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def describe_export(result: dict[str, Any], target: str) -> str:
     """Return what is printed after an export."""
-    lines = [f"{result['samples']} samples in {result['files']} files"]
+    lines = [f"{_count(result['samples'], 'sample')} in {_count(result['files'], 'file')}"]
     if not result["computed"]:
         lines = ["Nothing to do: the export was complete.", *lines]
     for number, group in enumerate(result.get("groups", ())):

@@ -389,7 +389,10 @@ def test_a_source_of_vectors_has_no_images(out: Path, tmp_path: Path) -> None:
         path.unlink()  # it may be a link to the stage's
         pq.write_table(table.set_column(place, field, pa.nulls(len(table), field.type)), path)
     refused(InputError, "its source has vectors alone", str(copy), str(tmp_path / "x"), "mds")
-    assert run(Request(str(copy), str(tmp_path / "y"), "datacomp"))["samples"] == KEPT
+    result = run(Request(str(copy), str(tmp_path / "y"), "datacomp"))
+    assert exports.describe_export(result, "y").splitlines()[0] == f"{KEPT} samples in 2 files"
+    result = run(Request(str(copy), str(tmp_path / "z"), "keep-list"))
+    assert exports.describe_export(result, "z").splitlines()[0] == f"{KEPT} samples in 1 file"
 
 
 def test_images_that_open_clip_does_not_read_are_told(tmp_path: Path) -> None:
