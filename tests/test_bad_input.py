@@ -26,6 +26,7 @@ from tests.support import (
     TIMEOUT_SECONDS,
     Members,
     assert_sound,
+    call,
     carry_out,
     clean_pairs,
     command,
@@ -191,6 +192,17 @@ def test_tar_cut_in_the_middle(bad: Run) -> None:
     scan = read_summary(bad.out)["stages"]["ingest"]["steps"]["scan"]
     assert scan["truncated_files"] == 2  # this and the one of zero bytes
     assert "halved.tar" in bad.stderr
+
+
+def test_a_plan_says_that_it_did_not_look_for_damage(bad: Run, tmp_path: Path) -> None:
+    settings = [f"ingest.shard_samples={SHARD_SAMPLES}", "select.max_caption_chars=2000"]
+    given = ["dedup", "--input", bad.out.parent / "in", "--set", settings[0], "--set", settings[1]]
+    told = "The input was listed and not read through: which files are damaged, a run tells."
+    assert call("plan", *given, "--output", tmp_path / "out").splitlines()[-1] == told
+    # A finished run has told.
+    done = call("plan", *given, "--output", bad.out).splitlines()
+    assert done[0].split() == ["done", "ingest", "complete"]
+    assert told not in done
 
 
 def test_shard_with_no_usable_sample(bad: Run) -> None:

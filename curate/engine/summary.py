@@ -143,7 +143,10 @@ def _count(step: dict[str, Any]) -> str:
 def _describe_need(rows: list[dict[str, Any]], need_bytes: int) -> str:
     states = [row["state"] for row in rows]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return f"{len(rows)} tables: {told}. Disk needed at most: about {in_units(need_bytes)}"
+    need = f"{len(rows)} tables: {told}. Disk needed at most: about {in_units(need_bytes)}"
+    if any(row["table"] == "ingest" and row["state"] != "done" for row in rows):
+        need += "\nThe input was listed and not read through: which files are damaged, a run tells."
+    return need
 
 
 def in_units(size_bytes: float) -> str:

@@ -164,7 +164,11 @@ def describe_facts(facts: dict[str, Any], scanned: dict[str, float]) -> list[str
             "were dropped"
         )
     if mismatch and mismatch["unscored"]:
-        lines.append(f"Warning: {mismatch['unscored']} samples have no score and were not judged")
+        told = f"Warning: {mismatch['unscored']} samples have no score and were not judged"
+        judge = facts.get("score", {})
+        if not judge.get("scored", True):
+            told += f": {judge['usable']} usable samples are fewer than score.min_samples"
+        lines.append(told)
     lines += [
         f"Warning: {clean_text(line)}" for line in facts.get("report", {}).get("warnings", [])
     ]

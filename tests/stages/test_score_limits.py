@@ -134,6 +134,7 @@ def test_one_caption_on_all_leaves_the_mismatch_unknown(tmp_path: Path, one_vect
     kept, said = decide(room, samples, max_mismatch_rate=0.05)
     assert kept == COUNT
     assert f"Warning: {COUNT} samples have no score and were not judged" in said
+    assert "score.min_samples" not in said
 
 
 @pytest.mark.parametrize("sides", [["image"], ["text"], ["image", "text"]])
@@ -212,6 +213,7 @@ def test_two_samples_are_not_scored_and_the_run_says_so(tmp_path: Path) -> None:
     kept, said = decide(room, samples, max_mismatch_rate=0.05)
     assert kept == 2
     assert "Warning: 2 samples have no score and were not judged" in said
+    assert "not judged: 2 usable samples are fewer than score.min_samples" in said
 
 
 @pytest.mark.parametrize("proxies", [2, 4, 16])
