@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from curate import storage
 from curate.audit.measures import Embeddings, Measures, measure
-from curate.audit.models import list_checkpoints, step_of
+from curate.audit.models import list_checkpoints, number_steps
 from curate.audit.panel import naming
 from curate.audit.recall import Recall, measure_recall
 from curate.audit.sources import Known, Request, open_source
@@ -71,7 +71,7 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
             reference = source.load(request.reference)
     results, tables = [], []
     progress.begin("audit", "checkpoints", len(paths), 0)
-    for number, path in enumerate(paths):
+    for step, path in zip(number_steps(paths), paths, strict=True):
         try:
             model = source.load(path)
             found = measure(model, reference, known.clusters.tolist())
@@ -79,7 +79,7 @@ def audit(request: Request, progress: Progress) -> dict[str, Any]:
             where = "" if str(error).startswith(path) else f"{path}: "
             raise InputError(f"{where}{error}") from error
         recall = _recall(known, model, reference)
-        results.append(_summarize(path, number, found, known, recall))
+        results.append(_summarize(path, step, found, known, recall))
         if request.output:
             tables.append(_table(path, found, known, recall))
         progress.advance({"samples": len(known.uids)})
@@ -147,15 +147,14 @@ def _parts(known: Known) -> dict[str, dict[str, Array]]:
 
 
 def _summarize(
-    path: str, number: int, found: Measures, known: Known, recall: Recall | None
+    path: str, step: int, found: Measures, known: Known, recall: Recall | None
 ) -> dict[str, Any]:
     split = {name: found.split(known.clusters, parts) for name, parts in _parts(known).items()}
     wrong = known.columns.get("mismatch_probability")
     harmful = None if wrong is None else float((found.memorized & (wrong >= _WRONG)).mean())
-    step = step_of(path)
     return {
         "name": path,
-        "step": number if step is None else step,
+        "step": step,
         "estimates": {name: asdict(one) for name, one in found.estimates.items()},
         "auc": found.auc,
         "auc_p_value": found.auc_p_value,

@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,8 +20,8 @@ __all__ = [
     "find_shared",
     "is_named",
     "list_checkpoints",
+    "number_steps",
     "read_folder",
-    "step_of",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -33,8 +34,19 @@ def is_named(checkpoint: str) -> bool:
     return checkpoint.startswith(f"{OPEN_CLIP}:")
 
 
-def step_of(checkpoint: str) -> int | None:
-    """Return the last number in a file's name; None if there is none, or no file."""
+def number_steps(checkpoints: Sequence[str]) -> list[int]:
+    """Return the steps of checkpoints: the last number in each file's name, else their places.
+
+    Places count where a name has no number, or where the numbers do not rise (epoch_10 and
+    epoch_latest, one epoch of two trainings): trackers drop such steps or put one over another.
+    """
+    steps = [_find_step(one) for one in checkpoints]
+    known = [step for step in steps if step is not None]
+    rise = all(one < other for one, other in pairwise(known))
+    return known if rise and len(known) == len(steps) else list(range(len(steps)))
+
+
+def _find_step(checkpoint: str) -> int | None:
     path = checkpoint.partition("/")[2] if is_named(checkpoint) else checkpoint
     numbers = re.findall(r"\d+", Path(path).stem) if Path(path).exists() else []
     return int(numbers[-1]) if numbers else None

@@ -1,10 +1,12 @@
 """Measures over planted embeddings, of two and of three modalities."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from curate.audit.measures import FEW_CLUSTERS, Embeddings, estimate, measure
-from curate.audit.models import embed, list_checkpoints
+from curate.audit.models import embed, list_checkpoints, number_steps
 from curate.errors import InputError
 from curate.memorization.metrics import cmc
 
@@ -171,6 +173,24 @@ def test_checkpoints_in_the_order_of_their_numbers(tmp_path) -> None:  # type: i
     assert [path.rpartition("_")[2] for path in found] == ["1.pt", "9.pt", "10.pt"]
     with pytest.raises(InputError, match="matches none"):
         list_checkpoints([str(tmp_path / "*.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["epoch_5.pt", "epoch_10.pt"], [5, 10]),
+        (["epoch_5.pt", "epoch_10.pt", "epoch_latest.pt"], [0, 1, 2]),
+        (["one/epoch_1.pt", "one/epoch_2.pt", "two/epoch_1.pt"], [0, 1, 2]),
+        (["a.pt"], [0]),
+    ],
+)
+def test_steps_rise_as_trackers_want_them(
+    names: list[str], steps: list[int], tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert number_steps([str(tmp_path / name) for name in names]) == steps
 
 
 def test_intervals_of_many_candidates_allow_for_few_held_out_samples() -> None:
