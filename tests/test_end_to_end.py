@@ -283,7 +283,7 @@ def test_webdataset_holds_the_kept(changed: Run) -> None:
 
 def test_export_holds_the_kept(full: Run, tmp_path: Path) -> None:
     done = succeed("export", full.out, "--to", "hf", "--output", tmp_path / "hf")
-    assert done.stdout.splitlines()[0] == f"{len(read_shards(full.out))} samples in 1 files"
+    assert done.stdout.splitlines()[0] == f"{len(read_shards(full.out))} samples in 1 file"
     table = read_folder(tmp_path / "hf/data")
     rows = {row["uid"]: row for row in table.to_pylist()}
     assert len(rows) == len(table)
