@@ -11,6 +11,7 @@ import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,12 +197,12 @@ def write_process(folder: str, task: str) -> None:
     (Path(folder) / f"{task}.json").write_text(json.dumps(found | variable), encoding="utf-8")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="others start each worker anew")
-def test_local_workers_share_one_import(tmp_path: Path) -> None:
-    # In a process of its own: in this one a run may have begun before.
-    script = tmp_path / "scripts" / "script.py"
+def run_three_times(folder: Path, **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """Let a process of its own start workers thrice: in this one a run may have begun before."""
+    script = folder / "scripts" / "script.py"
     script.parent.mkdir()
-    (tmp_path / "wave.py").touch()  # in the folder that the command is called from
+    (folder / "wave.py").touch()  # in the folder that the command is called from
+    names = ("first", "second", "third")
     script.write_text(
         f"""
 import os
@@ -209,38 +210,50 @@ from curate.engine.workers import ClusterOptions, Workers
 from tests.test_cluster import write_process
 
 if __name__ == "__main__":
-    for name, value in (("first", "1"), ("second", None), ("third", "3")):
+    for name, value in zip({names}, ("1", None, "3")):
         os.environ.pop("CURATE_TEST", None)
         if value is not None:
             os.environ["CURATE_TEST"] = value
-        with Workers(ClusterOptions(workers=1), {str(tmp_path)!r}, ["wave"]) as workers:
-            list(workers.map(write_process, [name], {str(tmp_path)!r}))
+        with Workers(ClusterOptions(workers=1), {str(folder)!r}, ["wave"]) as workers:
+            list(workers.map(write_process, [name], {str(folder)!r}))
     print(os.getpid())
 """,
         encoding="utf-8",
     )
     root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, script],
         capture_output=True,
         text=True,
         check=True,
-        env=environment,
-        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""} | environment,
+        cwd=folder,
         timeout=TIMEOUT_SECONDS,
     )
-    names = ("first", "second", "third")
-    first, second, third = (json.loads((tmp_path / f"{n}.json").read_text()) for n in names)
+    return int(done.stdout), [json.loads((folder / f"{name}.json").read_text()) for name in names]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others start each worker anew")
+def test_local_workers_share_one_import(tmp_path: Path) -> None:
+    own, (first, second, third) = run_three_times(tmp_path)
     assert first["imported"] == wave.__file__
     assert "forkserver" in first["command"]
-    assert first["parent"] == second["parent"] == third["parent"] != int(done.stdout)
+    assert first["parent"] == second["parent"] == third["parent"] != own
     # Of each run's own environment, whatever it was when the first began.
     assert [run["variable"] for run in (first, second, third)] == ["1", None, "3"]
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while Path(f"/proc/{first['parent']}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others start each worker anew")
+def test_local_workers_import_by_themselves_where_they_cannot_share(tmp_path: Path) -> None:
+    temporary = tmp_path / ("long" * 30)  # too long for the name of a socket
+    temporary.mkdir()
+    own, found = run_three_times(tmp_path, TMPDIR=str(temporary))
+    assert [run["parent"] for run in found] == [own] * 3
+    assert [run["variable"] for run in found] == ["1", None, "3"]
 
 
 def test_the_dashboard_is_on_the_loopback_or_off(

@@ -224,16 +224,15 @@ class Workers:
         # A task's exception is raised here: workers need not print it, traceback and all, before.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
         threads = _thread_environment(self.threads)
-        # A fork cannot use a CUDA that was in use before, nor do a Mac's libraries bear one.
-        method = "forkserver" if gpus == 0 and sys.platform == "linux" else "spawn"
-        settings = {
-            "distributed.nanny.pre-spawn-environ": threads,
-            "distributed.worker.multiprocessing-method": method,
-        }
-        self._stack.enter_context(dask.config.set(settings))
         with _interrupts_held(), _starting_told():
-            if method == "forkserver":
-                _import_once((*_IMPORTED, *self._imports), threads)
+            # A fork cannot use a CUDA that was in use before, nor do a Mac's libraries bear one.
+            may_fork = gpus == 0 and sys.platform == "linux"
+            forks = may_fork and _import_once((*_IMPORTED, *self._imports), threads)
+            settings = {
+                "distributed.nanny.pre-spawn-environ": threads,
+                "distributed.worker.multiprocessing-method": "forkserver" if forks else "spawn",
+            }
+            self._stack.enter_context(dask.config.set(settings))
             cluster = LocalCluster(
                 n_workers=self._employed(tasks),
                 threads_per_worker=1,
@@ -246,7 +245,7 @@ class Workers:
             )
             self._cluster = self._stack.enter_context(cluster)
         client = self._stack.enter_context(Client(cluster, set_as_default=False))
-        if method == "forkserver":  # which may be of an earlier run, and has the environment of it
+        if forks:  # from a process which may be of an earlier run, and has the environment of it
             client.register_plugin(EachWorker(_take_environment, dict(os.environ)))
         return client
 
@@ -463,21 +462,29 @@ def _thread_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys(names, str(threads))
 
 
-def _import_once(modules: Sequence[str], environment: dict[str, str]) -> None:
+def _import_once(modules: Sequence[str], environment: dict[str, str]) -> bool:
     """Start the process that local workers are forked from, unless an earlier run did.
 
     Two workers that import torch and a tower's library each take twice the time of a small run.
+
+    Returns
+    -------
+    bool
+        Whether there is one: a TMPDIR may be too long for its socket.
     """
     os.environ.update(environment)  # as Dask does before it starts a worker
     before = dict(os.environ)
     # It would look into the current folder first, where another `curate` may lie.
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    paths = os.pathsep.join(str(path or os.getcwd()) for path in sys.path)
     os.environ.update(PYTHONPATH=paths, PYTHONSAFEPATH="1")
     try:
         forkserver.set_forkserver_preload(list(modules))
         forkserver.ensure_running()
+    except OSError:
+        return False
     finally:
         _take_environment(before)
+    return True
 
 
 def _result(future: Any, task: str | tuple[str, ...]) -> Any:
