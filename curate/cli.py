@@ -440,7 +440,8 @@ def ablate(
         raise ConfigError("--held-out and --held-out-list: must not be combined. Give one of them.")
     request = ablating.Request(out, **options)
     cluster = _cluster(workers, scheduler, cluster_file)
-    with Workers(cluster, out, ablating.IMPORTS) as pool, make_progress() as progress:
+    imports = ablating.imports_of(request.model)
+    with Workers(cluster, out, imports) as pool, make_progress() as progress:
         report = ablating.ablate(request, pool, progress)
     if as_json:
         click.echo(json.dumps(report, indent=2))

@@ -9,7 +9,7 @@ import numpy as np
 from curate import storage
 from curate.ablate.grid import Setting, decide_all, open_select, propose, read_grid
 from curate.ablate.labels import read_labels, read_uids
-from curate.ablate.pairs import Pairs, choose_pairs
+from curate.ablate.pairs import Pairs, choose_pairs, limit_share
 from curate.ablate.rounds import Line, Pool, Rounds, plan_lines
 from curate.ablate.students import MODELS, Budget, Labels, commit_data, measure_cost
 from curate.ablate.verdict import LEAST_SEEDS, Difference, compare, pool_seeds, recommend
@@ -20,12 +20,9 @@ from curate.errors import ConfigError, InputError
 from curate.report.ablate_page import render_ablation
 from curate.report.plain import read_style
 
-__all__ = ["IMPORTS", "Request", "ablate", "describe_cost", "page_of"]
+__all__ = ["Request", "ablate", "describe_cost", "imports_of", "page_of"]
 
 Array = np.ndarray[Any, Any]
-
-#: What training takes seconds to import, for workers to share.
-IMPORTS = ("curate.models.train_clip",)
 
 _VERSION = 3
 #: Tables of the run that students see.
@@ -84,6 +81,11 @@ class Request:
     controls: bool = True
     seed: int = 0
     plan: bool = False
+
+
+def imports_of(model: str) -> tuple[str, ...]:
+    """Modules that training such a model takes seconds to import, for workers to share."""
+    return ("curate.models.train" if model == "heads" else "curate.models.train_clip",)
 
 
 def ablate(request: Request, workers: Pool, progress: Progress) -> dict[str, Any]:
@@ -258,8 +260,8 @@ def describe_cost(plan: dict[str, Any]) -> str:
 
 
 def _warn_of_share(request: Request) -> list[str]:
-    most = 1 / request.seeds
-    if request.held_out_list is not None or request.held_out <= most:
+    most = limit_share(request.held_out, request.seeds)
+    if request.held_out_list is not None or request.held_out == most:
         return []
     return [
         f"--held-out {request.held_out:g} is lowered to {most:.3g}: each of {request.seeds} seeds "

@@ -20,6 +20,7 @@ __all__ = [
     "choose_pairs",
     "held_places",
     "is_trainable",
+    "limit_share",
     "rows_by_shard",
 ]
 
@@ -93,6 +94,11 @@ def held_places(held_by: Array, judges: Array, seed: int) -> Array:
     return np.flatnonzero(judges & ~is_trainable(held_by, seed))
 
 
+def limit_share(share: float, seeds: int) -> float:
+    """Return the share of the clusters that a seed holds out: they last for so many seeds."""
+    return min(share, 1 / seeds)
+
+
 def choose_pairs(
     room: Room,
     share: float,
@@ -111,7 +117,7 @@ def choose_pairs(
     room : Room
         Of the run's `select`.
     share : float
-        Of the clusters that a seed holds out, (0, 1); at most 1 / `seeds`. Without `named`.
+        Of the clusters that a seed holds out, (0, 1), see `limit_share`. Without `named`.
     limit : int
         Samples of the pool at most, in whole clusters.
     seed : int
@@ -142,7 +148,7 @@ def choose_pairs(
     uids, clusters, captions = (pool[n].to_pylist() for n in ("uid", "cluster_id", "caption"))
     if named is None:
         unit = hash_unit(clusters, seed, "ablate held out")
-        held_by = (unit / min(share, 1 / seeds)).astype(np.int64)
+        held_by = (unit / limit_share(share, seeds)).astype(np.int64)
         may_judge = np.ones(len(rows), bool)
     else:
         held_by = np.where([cluster in asked for cluster in clusters], _EVERY, _NO)

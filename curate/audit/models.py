@@ -16,8 +16,7 @@ from curate.models import OPEN_CLIP
 
 __all__ = [
     "embed",
-    "find_repeated",
-    "find_shared",
+    "find_equal",
     "is_named",
     "list_checkpoints",
     "number_steps",
@@ -100,40 +99,28 @@ def read_folder(folder: str) -> Embeddings:
     return Embeddings(*found)
 
 
-def find_shared(given: Embeddings) -> Array:
-    """Find held-out samples whose embeddings are those of a candidate, number by number.
+def find_equal(given: Embeddings) -> tuple[Array, Array]:
+    """Find held-out samples whose embeddings another sample has, number by number.
 
-    Of a model that makes the same of all nothing is told: everything would be shared.
+    Of a model that makes the same of all candidates nothing is told: everything would be found.
 
     Returns
     -------
-    (K,) int64
-        Rows of held-out samples, ascending.
+    shared, repeated : (K,) and (L,) int64
+        Rows of held-out samples, ascending: those of a candidate, and of the rest those of an
+        earlier held-out sample.
     """
     candidates, held_out = map(_row_bytes, given.arrays())
     known = set(candidates)
-    if len(known) == 1:
-        return np.zeros(0, np.int64)
-    shared = [place for place, row in enumerate(held_out) if row in known]
-    return np.array(shared, np.int64)
-
-
-def find_repeated(given: Embeddings) -> Array:
-    """Find held-out samples whose embeddings an earlier one has, number by number.
-
-    Of a model that makes the same of all candidates nothing is told, as by `find_shared`.
-
-    Returns
-    -------
-    (K,) int64
-        Rows of held-out samples, ascending.
-    """
-    candidates, held_out = map(_row_bytes, given.arrays())
-    if len(set(candidates)) == 1:
-        return np.zeros(0, np.int64)
+    shared: list[int] = []
+    repeated: list[int] = []
     first: dict[bytes, int] = {}
-    repeated = [place for place, row in enumerate(held_out) if first.setdefault(row, place) < place]
-    return np.array(repeated, np.int64)
+    for place, row in enumerate(held_out if len(known) > 1 else ()):
+        if row in known:
+            shared.append(place)
+        elif first.setdefault(row, place) < place:
+            repeated.append(place)
+    return np.array(shared, np.int64), np.array(repeated, np.int64)
 
 
 def _row_bytes(arrays: list[Array]) -> list[bytes]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from curate.audit.copies import Looks, find_copies, look_at
 from curate.audit.measures import Embeddings
-from curate.audit.models import find_repeated, find_shared, is_named, read_folder
+from curate.audit.models import find_equal, is_named, read_folder
 from curate.audit.panel import Panel, embed_panel, finished_run, join_run, list_samples, naming
 from curate.audit.recall import name_objects
 from curate.engine.finished import read_finished
@@ -147,10 +147,9 @@ class Folders:
             "held-out samples were compared with the candidates by equal embeddings alone"
         )
         self._count = np.shape(next(iter(first.held_out.values())))[-2]
-        shared = find_shared(first)
+        shared, repeated = find_equal(first)
         if len(shared):
             self._refuse(paths[0], shared, request)
-        repeated = np.setdiff1d(find_repeated(first), shared)
         self._left_out = np.union1d(shared, repeated)
         if len(repeated):
             self._count_once(paths[0], len(repeated))
