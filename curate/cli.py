@@ -464,7 +464,7 @@ def clean(out: str) -> None:
         removed = runner.clean(out)
     for name in removed:
         click.echo(f"removed {name}")
-    click.echo(f"{len(removed)} folders removed")
+    click.echo(f"{len(removed)} {'folder' if len(removed) == 1 else 'folders'} removed")
 
 
 def _load(

@@ -5,6 +5,7 @@ noise goes around the loss, the mask onto the model, and the batches in place of
 """
 
 import heapq
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -165,8 +166,14 @@ class TextMask(nn.Module):
         Raises
         ------
         ConfigError
-            Of a call: if what is in that place are no tokens.
+            If the model takes no argument in that place; of a call, if what is there are no tokens.
         """
+        taken = [_takes(model, **{name: None}) for name in _TOKENS]
+        if not any(taken) and not _takes(model, *[None] * (place + 1)):
+            raise ConfigError(
+                f"TextMask: {type(model).__name__} takes nothing in position {place}, so that no "
+                "token would be hidden. Give the place of its tokens, counted from 0."
+            )
 
         def mask(tokens: Any) -> Any:
             if tokens is None:
@@ -189,6 +196,15 @@ class TextMask(nn.Module):
             return args, options
 
         return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _takes(model: nn.Module, *args: Any, **options: Any) -> bool:
+    """Say whether a model can be called with such arguments and others."""
+    try:
+        inspect.signature(model.forward).bind_partial(*args, **options)
+    except TypeError:
+        return False
+    return True
 
 
 class CaptionSampler:

@@ -114,6 +114,14 @@ def test_a_mask_finds_the_tokens_of_a_call() -> None:
     assert (args[0] == 0).any()
 
 
+def test_a_mask_refuses_a_place_that_a_model_does_not_have() -> None:
+    with pytest.raises(ConfigError, match="Linear takes nothing in position 1"):
+        TextMask().attach(torch.nn.Linear(2, 2))
+    TextMask().attach(torch.nn.Bilinear(2, 2, 2))
+    with pytest.raises(ConfigError, match="position 2"):
+        TextMask().attach(torch.nn.Bilinear(2, 2, 2), place=2)
+
+
 def test_captions_are_drawn_anew_in_each_epoch() -> None:
     sample = {"uid": "a", "caption": "one", "captions": ["one", "two", "three"]}
     sampler = CaptionSampler(seed=3)

@@ -147,7 +147,7 @@ def test_what_can_be_asked_of_it(store: Store, both: Both) -> None:
     assert call("report", both.remote) == f"{both.remote}/report/index.html\n"
     assert storage.read_bytes(f"{both.remote}/report/index.html") == page
     storage.commit_bytes(f"{both.remote}/stages/dedup-000000000000/x", b"")
-    assert "1 folders removed" in call("clean", both.remote)
+    assert "1 folder removed" in call("clean", both.remote)
     samples = [
         {sample["uid"]: sample["image"] for sample in package.load(str(out), image="bytes")}
         for out in (both.disk, both.remote)
