@@ -30,7 +30,7 @@ from curate.formats.pixels import read_square
 from curate.memorization.company import Company, adjust_values, fit_slopes, regression_sums
 from curate.memorization.folds import draw_halves, draw_masks, hash_unit
 from curate.memorization.mismatch import normalise_caption
-from curate.memorization.verdict import coherence, measure_memorization
+from curate.memorization.verdict import coherence, mean_of_others, measure_memorization
 from curate.models.clip_proxy import (
     ClipShape,
     choose_words,
@@ -153,7 +153,7 @@ def clip_fit(data: Data, shape: ClipShape, recipe: ClipRecipe, views: int) -> An
             pick_device(),
         )
         both = embed_views(trained.model, data.pixels, data.tokens, views, recipe.dtype)
-        return _coherence(*both, inside)
+        return _coherence(*both, inside, data.codes[:, 0])
 
     return fit
 
@@ -175,14 +175,17 @@ def heads_fit(data: Data) -> Any:
         image, text = (
             part.astype(np.float32) for part in embed_pairs(trained.heads, *data.vectors)
         )
-        return _coherence(image, text, (image * text).sum(1), inside)
+        return _coherence(image, text, (image * text).sum(1), inside, data.codes[:, 0])
 
     return fit
 
 
-def _coherence(image: Array, text: Array, alignment: Array, inside: Array) -> Array:
+def _coherence(
+    image: Array, text: Array, alignment: Array, inside: Array, clusters: Array
+) -> Array:
     held = np.flatnonzero(~inside)[:_HELD_OUT]
-    return coherence(alignment, image, text, (image[held] + text[held]).mean(0))
+    others = mean_of_others(image[held] + text[held], clusters[held], clusters)
+    return coherence(alignment, image, text, others)
 
 
 def run(design: Design, work: Path, part: tuple[int, int]) -> None:

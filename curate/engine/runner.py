@@ -35,7 +35,8 @@ __all__ = [
 
 _LOG = logging.getLogger("curate")
 
-#: Tasks that a worker with a GPU does together, so many of which a kill costs at most.
+#: Tasks that a worker with a GPU does together, so many of which a kill costs at most. Of trainings
+#: each takes a stream, and one more for every time that it begins: torch has 32.
 _MOST_TOGETHER = 8
 
 #: How torch says that a GPU's or the machine's memory does not suffice.

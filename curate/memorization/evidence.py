@@ -243,14 +243,15 @@ def highest(values: Array, count: int) -> Array:
     Returns
     -------
     (N, min(count, B)) int64
-        Columns, largest value first.
+        Columns, largest value first, of equal ones the first column first.
     """
     lines, width = values.shape
     groups = width // _GROUP
     if groups > 2 * count:
         tops = values[:, : groups * _GROUP].reshape(lines, groups, _GROUP).max(2)
-        best = np.argpartition(-tops, count - 1, axis=1)[:, :count]
-        inside = (best[:, :, None] * _GROUP + np.arange(_GROUP)).reshape(lines, -1)
+        # Not by a partition, which of equal groups takes what the processor's code happens to.
+        best = np.sort(np.argsort(-tops, axis=1, kind="stable")[:, :count], axis=1)
+        inside = (best[:, :, None] * _GROUP + np.arange(_GROUP)).reshape(lines, count * _GROUP)
         rest = np.broadcast_to(np.arange(groups * _GROUP, width), (lines, width % _GROUP))
         columns = np.concatenate([inside, rest], axis=1)
     else:

@@ -6,7 +6,7 @@ import numpy as np
 
 from curate.memorization.folds import average, split_sides
 
-__all__ = ["coherence", "measure_memorization", "tell_kinds"]
+__all__ = ["coherence", "mean_of_others", "measure_memorization", "tell_kinds"]
 
 Array = np.ndarray[Any, Any]
 
@@ -28,9 +28,8 @@ def coherence(alignment: Array, image: Array, text: Array, held_out: Array) -> A
         Mean over views of the pair's cosine.
     image, text : (N, D) floating
         Means over views of the unit vectors.
-    held_out : (D,) floating
-        Mean over samples that the proxy left out of image plus text vector; over those it trained
-        on where it left none out.
+    held_out : (N, D) or (D,) floating
+        Mean over samples that the proxy left out of image plus text vector: see `mean_of_others`.
 
     Returns
     -------
@@ -43,8 +42,38 @@ def coherence(alignment: Array, image: Array, text: Array, held_out: Array) -> A
     Wang et al., MultiMem (arXiv:2606.22220): CMC, for two modalities.
     """
     both = image.astype(np.float64) + text.astype(np.float64)
-    result: Array = 1 + np.asarray(alignment, np.float64) - both @ held_out.astype(np.float64) / 2
+    result: Array = 1 + np.asarray(alignment, np.float64) - (both * held_out).sum(1) / 2
     return result
+
+
+def mean_of_others(held_out: Array, held_clusters: Array, clusters: Array) -> Array:
+    """Mean of held-out vectors beyond each sample's own cluster.
+
+    With itself and its copies among them, a left-out pair would agree less with its own parts than
+    with others, as one that was trained on never does, and seem memorized the more copies it has.
+
+    Parameters
+    ----------
+    held_out : (M, D) floating
+    held_clusters : (M,) int64
+    clusters : (N,) int64
+
+    Returns
+    -------
+    (N, D) float64
+        Over all of them where there are no others; 0 where there are none.
+    """
+    names, places = np.unique(held_clusters, return_inverse=True)
+    sums = np.zeros((len(names) + 1, held_out.shape[1]))
+    np.add.at(sums, places, held_out)
+    counts = np.append(np.bincount(places, minlength=len(names)), 0)
+    own = np.minimum(np.searchsorted(names, clusters), max(len(names) - 1, 0))
+    if len(names):
+        own[names[own] != clusters] = len(names)  # none of it is held out
+    left = len(held_out) - counts[own]
+    total = sums.sum(0)
+    means: Array = np.where(left[:, None] > 0, total - sums[own], total)
+    return means / np.maximum(np.where(left > 0, left, len(held_out)), 1)[:, None]
 
 
 def measure_memorization(values: Array, inside: Array) -> tuple[Array, Array]:

@@ -161,7 +161,7 @@ def train_heads(
     """
     with torch_threads(1):
         for attempt in range(recipe.retries + 1):
-            torch.manual_seed(seed + attempt * 1_000_003)
+            torch.manual_seed((seed + attempt * 1_000_003) % 2**64)
             heads, white = _start(shape, fronts, pairs)
             losses = _fit(heads, white, groups, recipe, observe)
             diverged = recipe.epochs > 0 and not has_learned(losses)

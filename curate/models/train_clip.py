@@ -210,7 +210,7 @@ def _train(
     fit: Callable[[CLIP], _Losses],
 ) -> _Training:
     for attempt in range(recipe.retries + 1):
-        torch.manual_seed(seed + attempt * 1_000_003)
+        torch.manual_seed((seed + attempt * 1_000_003) % 2**64)
         model = build_clip(shape).to(device)
         losses = yield from fit(model)
         diverged = not has_learned(losses)

@@ -78,7 +78,7 @@ class Dedup(Likeness):
         "highest cosine; not used where pixels are not asked",
         ge=1,
     )
-    seed: int = Field(0, description="draws the samples for centroids and recall")
+    seed: int = Field(0, description="draws the samples for centroids and recall", ge=0)
     against: OneOrMore = execution_only(
         (),
         "outputs of earlier runs: samples that duplicate what these kept are dropped; what those "

@@ -56,7 +56,7 @@ class Score(Stage):
     """Alignment under in- and out-proxies, probability of mismatch, rarity."""
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     single_threaded: ClassVar[bool] = True
 
     proxy: Literal["heads", "clip"] = Field(

@@ -13,7 +13,7 @@ from curate.formats.pixels import read_square
 from curate.memorization.company import Company, adjust_values, fit_slopes, regression_sums
 from curate.memorization.folds import draw_halves, hash_unit
 from curate.memorization.retrieval import RETRIEVED, hits_at
-from curate.memorization.verdict import coherence, measure_memorization, tell_kinds
+from curate.memorization.verdict import coherence, mean_of_others, measure_memorization, tell_kinds
 from curate.schema import select_schema
 from curate.stages.base import Room
 from curate.stages.score_inputs import (
@@ -140,7 +140,7 @@ def _shape(words: Array) -> "ClipShape":
 
 
 def train_clip_proxy(room: Room, task: str) -> dict[str, float]:
-    """Commit one proxy: weights, the mean of what it left out, and how its training went."""
+    """Commit one proxy: weights, some of what it left out, and how its training went."""
     return train_clip_proxies(room, [task])[0]
 
 
@@ -186,12 +186,9 @@ def _commit_proxy(
     shown = np.flatnonzero(inside)[:_HELD_OUT]
     with torch_threads(1):
         image, text, out = embed_views(trained.model, pixels[held], tokens[held], 1, dtype)
-        *seen, within = embed_views(trained.model, pixels[shown], tokens[shown], 1, dtype)
-    # A proxy that leaves nothing out, all being one cluster, has its own samples to compare with:
-    # against none, whatever it trained on would pass for memorized.
-    others = image + text if len(held) else seen[0] + seen[1]
-    mean = others.mean(0) if len(others) else np.zeros(image.shape[1], np.float32)
-    storage.commit_array(_path(room, "clips", f"held-out-{task}.npy"), mean)
+        _, _, within = embed_views(trained.model, pixels[shown], tokens[shown], 1, dtype)
+    storage.commit_array(_path(room, "clips", f"held-out-{task}.npy"), image + text)
+    storage.commit_array(_path(room, "clips", f"held-out-{task}.clusters.npy"), groups[held, 0])
     storage.commit_bytes(_path(room, "clips", f"{task}.safetensors"), dump_weights(trained.model))
     count = int(inside.sum())
     record = {
@@ -263,20 +260,28 @@ def view_shard(room: Room, task: str) -> dict[str, float]:
     )
     words = np.array(storage.read_array(_path(room, "words.npy")))
     tokens = fold_tokens(tokens, words)
-    values = np.zeros((len(keys), stage.clip_proxies), np.float32)
+    clusters = keys["cluster_code"].to_numpy()
+    # A proxy without a pair to train on has first weights: what it says is unknown.
+    values = np.full((len(keys), stage.clip_proxies), np.nan, np.float32)
     with torch_threads(1):
         for proxy in range(stage.clip_proxies):
             record = storage.read_json(_path(room, "clips", f"{proxy}.json"))
+            if record["samples"] < 2:
+                continue
             weights = storage.read_bytes(_path(room, "clips", f"{proxy}.safetensors"))
-            held_out = storage.read_array(_path(room, "clips", f"held-out-{proxy}.npy"))
+            others = mean_of_others(
+                storage.read_array(_path(room, "clips", f"held-out-{proxy}.npy")),
+                storage.read_array(_path(room, "clips", f"held-out-{proxy}.clusters.npy")),
+                clusters,
+            )
             model = load_clip(weights, _shape(words), device)
             image, text, alignment = embed_views(
                 model, pixels, tokens, stage.clip_views, record["dtype"]
             )
-            values[:, proxy] = coherence(alignment, image, text, held_out)
+            values[:, proxy] = coherence(alignment, image, text, others)
     names = tuple(room.shards())
     company = _read_company(_path(room, "pairs"), names, stage.clip_proxies, stage.seed)
-    shares = company.shares(vectors, keys["cluster_code"].to_numpy())
+    shares = company.shares(vectors, clusters)
     inside = draw_halves(keys["cluster"].to_pylist(), stage.clip_proxies, stage.seed)
     sums = regression_sums(values, inside, shares)
     for name, array in (("values", values), ("shares", shares), ("sums", sums)):

@@ -1,9 +1,14 @@
 import numpy as np
 import pytest
 
-from curate.memorization.folds import draw_masks
+from curate.memorization.folds import draw_halves, draw_masks
 from curate.memorization.metrics import cmc, multimem
-from curate.memorization.verdict import coherence, measure_memorization, tell_kinds
+from curate.memorization.verdict import (
+    coherence,
+    mean_of_others,
+    measure_memorization,
+    tell_kinds,
+)
 
 
 def _unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -59,6 +64,37 @@ def test_parts_that_agree_are_coherent_and_unrelated_ones_are_at_one() -> None:
     assert coherence(np.ones(2), both, both, 2 * both[0]).tolist() == [0, 2]
     unknown = coherence(np.array([np.nan, 1]), both, both, np.zeros(4))
     assert np.isnan(unknown).tolist() == [True, False]
+
+
+def test_what_is_held_out_of_a_samples_own_cluster_is_no_other() -> None:
+    rng = np.random.default_rng(0)
+    vectors, held = rng.normal(size=(12, 5)), np.array([7, 7, -3, 9, 9, 9, 7, -3, 2, 2, 2, 2])
+    clusters = np.array([9, 8, -3, 2, 10, -9])
+    found = mean_of_others(vectors, held, clusters)
+    for row, cluster in enumerate(clusters):
+        assert found[row] == pytest.approx(vectors[held != cluster].mean(0))
+    alone = mean_of_others(vectors[:2], held[:2], np.array([7]))
+    assert alone[0] == pytest.approx(vectors[:2].mean(0))
+    nothing = mean_of_others(vectors[:0], held[:0], clusters)
+    assert not nothing.any()
+    assert nothing.shape == (6, 5)
+
+
+def test_proxies_that_are_all_alike_have_memorized_nothing() -> None:
+    """However many copies there are, which are held out along with a left-out sample."""
+    rng = np.random.default_rng(1)
+    clusters = np.where(np.arange(400) < 60, 0, np.arange(400))
+    image, text = (_unit(rng, 400, 16)[clusters] + 0.3 * _unit(rng, 400, 16) for _ in range(2))
+    image, text = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (image, text))
+    inside = draw_halves([str(one) for one in clusters], 8, 0)
+    values = []
+    for within in inside.T:
+        others = mean_of_others((image + text)[~within], clusters[~within], clusters)
+        values.append(coherence((image * text).sum(1), image, text, others))
+    score, error = measure_memorization(np.stack(values, axis=1), inside)
+    for part in (clusters == 0, clusters > 0):
+        assert abs(score[part].mean()) < 2 * error[part].mean()
+        assert abs(score[part].mean()) < 0.01
 
 
 @pytest.mark.parametrize("proxies", [2, 4, 8, 12])

@@ -168,6 +168,23 @@ def test_an_empty_shard_is_no_obstacle(tmp_path: Path) -> None:
     assert table["rarity"].null_count == 0
 
 
+def test_shards_of_which_nothing_is_used_are_no_obstacle(tmp_path: Path) -> None:
+    """Of the first no sample is scored, of others none is drawn to fit the detector."""
+    samples = make_pairs(900)
+    samples.valid[:20] = False
+    stage = Score(proxies=2, epochs=1, detector_samples=100)
+    room = lay_out(tmp_path, samples, stage, shards=45)
+    table, _ = run_steps(room)
+    for name in ("rarity", "mismatch_probability"):
+        assert table[name][:20].null_count == table[name].null_count == 20
+
+
+def test_any_seed_that_is_accepted_is_used(tmp_path: Path) -> None:
+    stage = Score(proxies=2, epochs=1, min_samples=20, seed=2**64 - 1)
+    table, _ = run_steps(lay_out(tmp_path, make_pairs(30), stage, shards=1))
+    assert table["rarity"].null_count == 0
+
+
 def test_equal_captions_leave_the_mismatch_unknown(tmp_path: Path) -> None:
     samples = make_pairs(200)
     samples.captions = ["the same"] * 200

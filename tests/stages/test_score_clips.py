@@ -110,12 +110,15 @@ def _pairs(room: Room) -> tuple[np.ndarray, np.ndarray, int]:
     return pixels, fold_tokens(tokens, words), len(words)
 
 
-def _proxy(room: Room, proxy: int, words: int) -> tuple[CLIP, np.ndarray]:
-    """Return a committed proxy, and the mean of what it left out."""
+def _proxy(room: Room, proxy: int, words: int) -> tuple[CLIP, np.ndarray, np.ndarray]:
+    """Return a committed proxy, vectors of what it left out, and their clusters."""
     data = Path(room.path("clips", f"{proxy}.safetensors", table=MEMORIZATION)).read_bytes()
-    path = room.path("clips", f"held-out-{proxy}.npy", table=MEMORIZATION)
+    vectors, clusters = (
+        storage.read_array(room.path("clips", f"held-out-{proxy}{name}", table=MEMORIZATION))
+        for name in (".npy", ".clusters.npy")
+    )
     shape = ClipShape(words, image_px=32, text_width=64, text_layers=1)
-    return load_clip(data, shape, pick_device()), np.array(storage.read_array(path))
+    return load_clip(data, shape, pick_device()), vectors, clusters
 
 
 def test_scores_are_those_of_the_definition_by_the_committed_proxies() -> None:
@@ -123,12 +126,14 @@ def test_scores_are_those_of_the_definition_by_the_committed_proxies() -> None:
     pixels, tokens, words = _pairs(room)
     inside = draw_halves([name or "" for name in samples.clusters], 4, STAGE.seed)
     values = np.zeros((COUNT, 4))
+    codes = _cluster_codes(room)
     for proxy, record in enumerate(room.stage.facts(room)["clips"]):
-        model, held_out = _proxy(room, proxy, words)
+        model, held_out, clusters = _proxy(room, proxy, words)
+        others = np.stack([held_out[clusters != code].mean(0) for code in codes])
         for view in range(2):
             image = embed_images(model, pixels, view, record["dtype"])
             u = image.astype(float) + embed_texts(model, tokens, record["dtype"])
-            values[:, proxy] += ((u * u).sum(1) - u @ held_out) / 2 / 2
+            values[:, proxy] += ((u * u).sum(1) - (u * others).sum(1)) / 2 / 2
     committed = storage.read_array(room.path("views", "00000.values.npy", table=MEMORIZATION))
     assert committed == pytest.approx(values, abs=1e-5)
     shares = _shares(room, samples, inside[:COUNT])
@@ -140,6 +145,11 @@ def test_scores_are_those_of_the_definition_by_the_committed_proxies() -> None:
         found = [table[name][row].as_py() for name in COLUMNS[:2]]
         assert found[0] == pytest.approx(gaps.mean(), abs=1e-3)
         assert found[1] == pytest.approx(gaps.std(ddof=1) / 2**0.5, abs=1e-3)
+
+
+def _cluster_codes(room: Room) -> np.ndarray:
+    table = storage.read_table(room.path("pairs", "00000.parquet", table=MEMORIZATION))
+    return table["cluster_code"].to_numpy()
 
 
 def _shares(room: Room, samples: Squares, inside: np.ndarray) -> np.ndarray:
@@ -156,16 +166,17 @@ def _shares(room: Room, samples: Squares, inside: np.ndarray) -> np.ndarray:
     return shares
 
 
-def test_the_mean_left_out_is_that_of_samples_the_proxy_never_saw() -> None:
+def test_what_is_left_out_are_samples_the_proxy_never_saw() -> None:
     samples, room, _ = _scored()
     pixels, folded, words = _pairs(room)
     assert pixels.shape == (COUNT, 3, 32, 32)
     inside = draw_halves([name or "" for name in samples.clusters], 4, STAGE.seed)[:COUNT]
     for proxy, record in enumerate(room.stage.facts(room)["clips"]):
-        model, mean = _proxy(room, proxy, words)
+        model, held_out, clusters = _proxy(room, proxy, words)
         image, text, alignment = embed_views(model, pixels, folded, 1, record["dtype"])
         out = ~inside[:, proxy]
-        np.testing.assert_allclose(mean, (image + text)[out].mean(0), atol=1e-5)
+        assert sorted(clusters) == sorted(_cluster_codes(room)[out])
+        np.testing.assert_allclose(held_out.mean(0), (image + text)[out].mean(0), atol=1e-5)
         assert record["alignment_out"] == pytest.approx(alignment[out].mean(), abs=1e-4)
         assert record["alignment_in"] == pytest.approx(alignment[~out].mean(), abs=1e-4)
         captions = np.array(samples.captions)[:COUNT][out]
@@ -255,11 +266,11 @@ def test_proxies_without_any_pair_leave_all_null(tmp_path: Path, missing: str) -
         assert record["recall_at_10"] is None
 
 
-def test_proxies_that_leave_nothing_out_are_survived(tmp_path: Path) -> None:
+def test_proxies_that_trained_on_nothing_say_nothing(tmp_path: Path) -> None:
+    """Of a cluster that is nearly all one proxy has the rest to train on: a single pair."""
     samples = replace(make_squares(), clusters=["0" * 32] * (COUNT - 1) + ["1" * 32])
     room = lay_out(tmp_path, samples, QUICK, [np.arange(COUNT)])
-    table = measure(room)
-    assert table["memorization_score"].null_count == 0
+    assert _all_null(measure(room))
     sizes = {record["held_out"] for record in room.stage.facts(room)["clips"]}
     assert sizes <= {0, 1, COUNT - 1, COUNT}
 
