@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -33,8 +33,8 @@ TIMEOUT_SECONDS = 300
 Members = list[tuple[str, bytes]]
 
 
-def curate(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the installed command to its end."""
+def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command to its end, in a process of its own as users do."""
     return subprocess.run(
         command(*arguments),
         capture_output=True,
@@ -49,9 +49,21 @@ def command(*arguments: object) -> list[str]:
     return [str(CURATE), *map(str, arguments)]
 
 
-def succeed(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the installed command and demand that it ends well and quietly."""
-    done = curate(*arguments)
+def curate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process: its workers then share one import with earlier ones.
+
+    An error that is not told in a line is raised.
+    """
+    given = [str(one) for one in arguments]
+    done = CliRunner().invoke(main, given, catch_exceptions=False)
+    return subprocess.CompletedProcess(given, done.exit_code, done.stdout, done.stderr)
+
+
+def succeed(
+    *arguments: object, by: Callable[..., subprocess.CompletedProcess[str]] = curate
+) -> subprocess.CompletedProcess[str]:
+    """Run the command and demand that it ends well and quietly."""
+    done = by(*arguments)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Error: " not in done.stderr
@@ -60,9 +72,9 @@ def succeed(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def call(*arguments: object, exit_code: int = 0) -> str:
     """Run the command in this process; return what it prints, or the line it ends with."""
-    result = CliRunner().invoke(main, [str(one) for one in arguments])
-    assert result.exit_code == exit_code, result.output
-    return only_error(result.stderr) if exit_code else result.stdout
+    done = curate(*arguments)
+    assert done.returncode == exit_code, done.stderr
+    return only_error(done.stderr) if exit_code else done.stdout
 
 
 def only_error(stderr: str) -> str:

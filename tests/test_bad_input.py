@@ -15,10 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
-from curate.cli import main
 from curate.errors import InputError
 from curate.formats import FORMATS, list_sources
 from tests.formats.vectors import datacomp_uids, draw_vectors, write_datacomp
@@ -32,6 +30,7 @@ from tests.support import (
     command,
     curate,
     decisions_of,
+    launch,
     list_tree,
     only_error,
     pair,
@@ -132,7 +131,7 @@ class Run:
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("bad")
     settings = {"ingest.shard_samples": SHARD_SAMPLES, "select.max_caption_chars": 2000}
-    done = curate(
+    done = launch(
         *("run", "dedup", "--input", write_input(folder / "in"), "--output", folder / "out"),
         *(text for name, value in settings.items() for text in ("--set", f"{name}={value}")),
         *("--workers", 1),
@@ -197,7 +196,7 @@ def test_tar_cut_in_the_middle(bad: Run) -> None:
 def test_a_plan_says_that_it_did_not_look_for_damage(bad: Run, tmp_path: Path) -> None:
     settings = [f"ingest.shard_samples={SHARD_SAMPLES}", "select.max_caption_chars=2000"]
     given = ["dedup", "--input", bad.out.parent / "in", "--set", settings[0], "--set", settings[1]]
-    told = "The input was listed and not read through: which files are damaged, a run tells."
+    told = "The input was listed and not read through: only a run finds damaged files."
     assert call("plan", *given, "--output", tmp_path / "out").splitlines()[-1] == told
     # A finished run has told.
     done = call("plan", *given, "--output", bad.out).splitlines()
@@ -262,10 +261,10 @@ def test_a_picture_that_shows_nothing_can_be_dropped(tmp_path: Path) -> None:
 
 def refuse(*arguments: object, exit_code: int = 2) -> str:
     """Run in this process what must end before any worker starts; return the line it ends with."""
-    result = CliRunner().invoke(main, [str(one) for one in arguments])
-    assert result.exit_code == exit_code, result.output
-    assert result.stdout == ""
-    return only_error(result.stderr)
+    done = curate(*arguments)
+    assert done.returncode == exit_code, done.stderr
+    assert done.stdout == ""
+    return only_error(done.stderr)
 
 
 def refuse_input(tmp_path: Path, given: Path) -> str:

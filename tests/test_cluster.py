@@ -21,6 +21,7 @@ from tests.support import (
     assert_equal_decisions,
     assert_sound,
     curate,
+    launch,
     list_tree,
     only_error,
     read_summary,
@@ -107,7 +108,7 @@ def worker_command(scheduler: Path) -> list[object]:
 
 def test_two_workers_decide_as_one(single: Single, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    succeed(*single.arguments(out), "--workers", 2)
+    succeed(*single.arguments(out), "--workers", 2, by=launch)
     single.assert_equalled_by(out)
 
 
@@ -117,7 +118,7 @@ def test_running_scheduler_decides_as_one_worker(
     out = tmp_path / "out"
     one = worker_command(scheduler)
     with started(*one), started(*one):
-        succeed(*single.arguments(out), "--scheduler", address(scheduler))
+        succeed(*single.arguments(out), "--scheduler", address(scheduler), by=launch)
     single.assert_equalled_by(out)
 
 

@@ -19,6 +19,7 @@ from tests.support import (
     TIMEOUT_SECONDS,
     assert_sound,
     curate,
+    launch,
     list_tree,
     only_error,
     read_decisions,
@@ -95,7 +96,7 @@ class Run:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("full") / "out"
-    return Run(out, succeed("run", *arguments(out)).stdout)
+    return Run(out, succeed("run", *arguments(out), by=launch).stdout)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def changed(full: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("changed") / "out"
     shutil.copytree(full.out, out)
     settings = ("--set", "select.min_side_px=100", "--set", "write.webdataset=true")
-    return Run(out, succeed("run", *arguments(out, *settings)).stdout)
+    return Run(out, succeed("run", *arguments(out, *settings), by=launch).stdout)
 
 
 def test_output_is_sound(full: Run) -> None:
@@ -370,7 +371,7 @@ def test_stats_are_those_of_the_run(full: Run) -> None:
 
 
 def test_help_fits_a_screen() -> None:
-    lines = succeed("--help").stdout.splitlines()
+    lines = succeed("--help", by=launch).stdout.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from curate.cli import main
 from curate.engine.summary import print_plan
-from tests.support import curate
+from tests.support import launch
 
 COMMANDS = sorted(main.commands)
 
@@ -39,11 +39,11 @@ def test_every_option_is_explained(name: str) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
-    done = curate(_CURATE_COMPLETE=f"{shell}_source")
+    done = launch(_CURATE_COMPLETE=f"{shell}_source")
     assert done.returncode == 0
     assert "_CURATE_COMPLETE" in done.stdout
     words = {"COMP_WORDS": "curate re", "COMP_CWORD": "1" if shell != "fish" else "re"}
-    offered = curate(_CURATE_COMPLETE=f"{shell}_complete", **words)
+    offered = launch(_CURATE_COMPLETE=f"{shell}_complete", **words)
     assert "report" in offered.stdout
 
 

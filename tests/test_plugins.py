@@ -22,6 +22,7 @@ from tests.support import (
     Members,
     assert_sound,
     curate,
+    launch,
     only_error,
     read_decisions,
     read_folder,
@@ -215,7 +216,7 @@ def test_the_plugin_of_the_page_works(
     bounds = "select.thresholds=[{column: colourfulness, min: 30}]"
     given = ("run", pipeline, "-i", source, "-o", out, "--workers", 1)
     settings = ("--set", "embed.plugins=colour", "--set", bounds)
-    done = curate(*given, *settings, PYTHONPATH=installed)
+    done = launch(*given, *settings, PYTHONPATH=installed)
     assert done.returncode == 0, done.stderr
     decisions = read_decisions(out)
     assert decisions.column_names == [*public_columns("decisions"), "colourfulness"]

@@ -18,6 +18,7 @@ from tests.support import (
     assert_equal_decisions,
     assert_sound,
     command,
+    launch,
     list_tree,
     read_summary,
     succeed,
@@ -53,7 +54,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
     folder = tmp_path_factory.mktemp("calm")
     run = Calm(write_subset(folder / "in", 80, 2), folder / "out", 0)
     begun = time.monotonic()
-    succeed(*run.arguments(run.out))
+    succeed(*run.arguments(run.out), by=launch)
     return Calm(run.source, run.out, time.monotonic() - begun)
 
 

@@ -25,6 +25,7 @@ from tests.support import (
     carry_out,
     curate,
     decisions_of,
+    launch,
     only_error,
     read_decisions,
     read_report,
@@ -345,7 +346,7 @@ def test_a_run_on_a_gpu_keeps_what_its_cpu_twin_keeps(tmp_path: Path) -> None:
     for name, hidden in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         out = tmp_path / name
         run = ("run", "dedup", "--input", tmp_path / "in", "--output", out, "--workers", 1)
-        done = curate(*run, **hidden)
+        done = launch(*run, **hidden)
         assert done.returncode == 0, done.stderr
         recall = read_summary(out)["facts"]["dedup"]["recall"]
         assert recall["recall"] >= 0.999

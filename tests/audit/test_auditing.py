@@ -26,7 +26,7 @@ from curate.report.audit_words import describe_audit
 from curate.schema import public_columns, select_schema
 from tests.audit.checkpoints import Pair, build, pairs, prepare, train, write_config, write_pairs
 from tests.exports import KEPT, Silent, expected, make_run
-from tests.support import curate, only_error
+from tests.support import curate, launch, only_error
 
 COUNT = 32
 
@@ -283,7 +283,7 @@ def test_published_weights_that_cannot_be_had(trained: Trained, tmp_path: Path) 
     # An empty cache and no network, whatever this machine has.
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
-    done = curate("audit", name, *trained.options()[2:], **environment)
+    done = launch("audit", name, *trained.options()[2:], **environment)
     assert done.returncode == 1
     line = only_error(done.stderr)
     assert line.startswith(f"Error: {name}: weights 'laion2b_s34b_b79k' of ViT-B-32 cannot be had:")
@@ -573,7 +573,7 @@ def test_the_curve_goes_to_a_tracker(tracker: str, tmp_path: Path) -> None:
     for number, pull in ((9, 0.2), (10, 1.0)):
         write_embeddings(tmp_path / f"epoch_{number}", pull, 0)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    done = curate(
+    done = launch(
         "audit", tmp_path / "epoch_*", "--track", tracker, "--json",
         MLFLOW_TRACKING_URI=uri, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true",
     )  # fmt: skip
