@@ -61,14 +61,11 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Number(click.FloatRange):
-    """A finite number: `nan` is above and below nothing."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse `nan`, which is above and below nothing and so within all bounds."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 _WORKERS = click.option(
@@ -107,8 +104,8 @@ def _cluster_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--cluster", "cluster_file", metavar="FILE",
-            help="Start one instead. YAML: kind (local, local-cuda, slurm, kubernetes) and its "
-            "arguments.",
+            help="Start a Dask cluster instead. YAML: kind (local, local-cuda, slurm, kubernetes) "
+            "and its arguments.",
         ),
     ]  # fmt: skip
     for option in reversed(options):
@@ -130,7 +127,7 @@ def main() -> None:
 @_cluster_options
 @click.option(
     "--track", "tracker", type=click.Choice(["mlflow", "wandb"]),
-    help="Write parameters, counts and curves there.",
+    help="Write parameters, counts and curves to a tracker.",
 )  # fmt: skip
 def run(
     pipeline: str,
@@ -169,7 +166,7 @@ def plan(
 ) -> None:
     """Show what `curate run` would do, and why.
 
-    It takes the same arguments, computes nothing and writes nothing.
+    It takes the same pipeline, inputs and settings, computes nothing and writes nothing.
     """
     from curate.engine import runner
     from curate.engine.session import check_apart, disk_need
@@ -340,10 +337,10 @@ def export(
     help="Look for copies among all candidates, and test deja vu.",
 )
 @click.option("--drop-overlap", is_flag=True, help="Leave out held-out pairs that were trained on.")
-@click.option("--max-memorization", type=_Number(), help="Exit 3 above this mean.")
-@click.option("--max-harmful", type=_Number(0, 1),
+@click.option("--max-memorization", type=float, callback=_finite, help="Exit 3 above this mean.")
+@click.option("--max-harmful", type=click.FloatRange(0, 1), callback=_finite,
               help="Exit 3 above this share memorized and wrong.")  # fmt: skip
-@click.option("--track", type=click.Choice(["mlflow", "wandb"]), help="Log the figures there.")
+@click.option("--track", type=click.Choice(["mlflow", "wandb"]), help="Log figures to a tracker.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def audit(
     checkpoints: tuple[str, ...],
@@ -395,11 +392,12 @@ def audit(
 )  # fmt: skip
 @click.option("--labels", metavar="FILE", help="Table of uid and label, for zero-shot accuracy.")
 @click.option(
-    "--held-out", type=_Number(0, 1, min_open=True, max_open=True), default=0.15,
-    show_default=True, help="Share of the clusters held out to judge, others by each seed.",
+    "--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), callback=_finite,
+    default=0.15, show_default=True,
+    help="Share of the clusters held out to judge, others by each seed.",
 )  # fmt: skip
 @click.option(
-    "--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge all seeds, instead."
+    "--held-out-list", metavar="FILE", help="Table of uid: the pairs that judge all seeds."
 )
 @click.option(
     "--limit", type=click.IntRange(1), default=20_000, show_default=True,
@@ -407,8 +405,9 @@ def audit(
 )  # fmt: skip
 @click.option("--seeds", type=click.IntRange(2, 1000), default=3, show_default=True,
               help="Students per setting at most.")  # fmt: skip
-@click.option("--epochs", type=_Number(0, 1000, min_open=True),
-              help="Passes over the data that a student's steps amount to.")  # fmt: skip
+@click.option("--epochs", type=click.FloatRange(0, 1000, min_open=True), callback=_finite,
+              help="Passes over the data that a student's steps amount to; default: 12, of heads "
+              "6.")  # fmt: skip
 @click.option("--weighted", is_flag=True, help="Draw samples by their weights while training.")
 @click.option("--controls/--no-controls", default=True,
               help="Random and cosine-filtered sets of each size.")  # fmt: skip

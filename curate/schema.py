@@ -66,7 +66,7 @@ _ALL = (
     Column("metadata", pa.string(), "JSON", "", "the source's other fields", "ingest"),
     Column("ingest_reason", pa.string(), "reason code", "", "what was wrong before any pixel was read", "ingest"),
     Column("removal_list", pa.string(), "", "", "the list of remove.lists that names the sample; null if none", "remove"),
-    Column("removal_reason", pa.string(), "reason code", "", "by what it names it", "remove"),
+    Column("removal_reason", pa.string(), "reason code", "", "reason by what the list names samples by: uid, URL or hash", "remove"),
     Column("width", pa.int32(), "px", "", "width of the original image", "embed", "both"),
     Column("height", pa.int32(), "px", "", "height of the original image", "embed", "both"),
     Column("image_contrast", pa.float32(), "[0, 127.5]", "higher: shows more", "standard deviation of the grey levels of the channel where it is largest; 0: one colour, nothing to see", "embed", "both"),
@@ -151,7 +151,7 @@ REASONS: dict[str, str] = {
     "duplicate_earlier": "an earlier run named by dedup.against kept a copy",
     "duplicate_bytes": "equal bytes to a kept sample",
     "duplicate_perceptual": "the pixels match those of a kept sample",
-    "duplicate_semantic": "cosine to a kept sample reaches dedup.min_cosine, and pixels were not asked",
+    "duplicate_semantic": "cosine to a kept sample reaches dedup.min_cosine, and pixels were not compared; where there are none it reaches dedup.min_cosine_alone",
     "caption_repeated": "more kept samples have this caption than select.max_caption_repeats",
 }
 

@@ -61,7 +61,7 @@ def test_a_run_can_be_asked(folder: Path) -> None:
     assert run.to_pandas(["uid", "keep"]).keep.sum() == 200
     assert run.read_decisions(["keep"]).column_names == ["keep"]
     assert run.summary == read_summary(folder / "cleaned")
-    assert run.summary["stages"]["dedup"]["parameters"]["min_cosine"] == 0.9
+    assert run.summary["stages"]["dedup"]["parameters"]["min_cosine_alone"] == 0.9
     assert Path(run.report).read_text("utf-8").startswith("<!doctype html>")
     assert repr(run).endswith("200 of 300 kept>")
     assert str(run) == succeed("stats", folder / "cleaned").stdout.rstrip("\n")
@@ -121,7 +121,7 @@ def test_a_script_without_a_guard_is_told(folder: Path) -> None:
 def test_numbers_for_a_tracker(folder: Path) -> None:
     summary = read_summary(folder / "cleaned")
     parameters = list_parameters(summary)
-    assert parameters["dedup.min_cosine"] == "0.9"
+    assert parameters["dedup.min_cosine_alone"] == "0.9"
     assert parameters["select.prefer"] == '["resolution"]'
     assert parameters["fingerprint.select"] == summary["stages"]["select"]["fingerprint"]
     counts = list_counts(summary)
@@ -163,7 +163,7 @@ print(json.dumps([run.data.params, run.data.metrics, [p.value for p in points], 
     assert done.returncode == 0, done.stderr
     parameters, metrics, points, name = json.loads(done.stdout.splitlines()[-1])
     summary = read_summary(out)
-    assert parameters["dedup.min_cosine"] == "0.9"
+    assert parameters["dedup.min_cosine_alone"] == "0.9"
     assert metrics["kept"] == summary["counts"]["kept"]
     assert metrics["dropped.duplicate_semantic"] == 100
     assert points == _dropped(out)

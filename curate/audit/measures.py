@@ -184,8 +184,8 @@ class Measures:
         reference `alignment_reference` and `multimem`, for two modalities `clipmem`.
     held_out : (M,) float64
         `memorization` of held-out samples, with mean 0.
-    kinds : (N,) bool
-        Memorized: beyond two standard deviations of the held-out samples, and by half of the
+    memorized : (N,) bool
+        Beyond two standard deviations of the held-out samples, and by half of the
         alignment beyond unrelated parts.
     estimates : dict of str to Estimate
         Means of `memorization`; with a reference of `multimem`, its two other forms, `clipmem`,

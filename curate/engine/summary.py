@@ -145,7 +145,7 @@ def _describe_need(rows: list[dict[str, Any]], need_bytes: int) -> str:
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     need = f"{len(rows)} tables: {told}. Disk needed at most: about {in_units(need_bytes)}"
     if any(row["table"] == "ingest" and row["state"] != "done" for row in rows):
-        need += "\nThe input was listed and not read through: which files are damaged, a run tells."
+        need += "\nThe input was listed and not read through: only a run finds damaged files."
     return need
 
 

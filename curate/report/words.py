@@ -1,5 +1,6 @@
 """What a run found, in words: for the terminal and for the page."""
 
+import math
 from typing import Any
 
 from curate.report.text import clean_text, tell_share
@@ -29,7 +30,7 @@ _SHOWN_CHARS = 80
 
 
 def stage_times(stages: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """Return name, wall seconds and samples of each stage.
+    """Return name, wall seconds and samples of each stage, none more often than it was ingested.
 
     Parameters
     ----------
@@ -37,14 +38,19 @@ def stage_times(stages: dict[str, Any]) -> list[tuple[str, float, float]]:
         By table: a dict with `steps`, as `run.json` holds it.
     """
     by_stage: dict[str, tuple[float, float]] = {}
+    ingested = _most_samples(stages["ingest"]) if "ingest" in stages else math.inf
     for table, facts in stages.items():
         stage = table.partition(".")[0]
         seconds = sum(step["wall_seconds"] for step in facts["steps"].values())
-        samples = max((step.get("samples", 0) for step in facts["steps"].values()), default=0)
+        samples = min(_most_samples(facts), ingested)  # a training counts every pass
         # Side tables of one stage are filled by the same pass: it is counted once.
         known = by_stage.get(stage, (0.0, 0.0))
         by_stage[stage] = (max(known[0], seconds), max(known[1], samples))
     return [(stage, seconds, samples) for stage, (seconds, samples) in by_stage.items()]
+
+
+def _most_samples(facts: dict[str, Any]) -> float:
+    return max((step.get("samples", 0) for step in facts["steps"].values()), default=0)
 
 
 def _describe_input(facts: dict[str, Any]) -> list[str]:

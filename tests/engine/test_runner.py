@@ -18,6 +18,7 @@ from curate.engine.runner import bind, clean, lock_output, plan, run
 from curate.engine.summary import describe_run
 from curate.engine.workers import ClusterOptions
 from curate.errors import InputError, OutputError, ReconcileError, StorageError, WorkerError
+from curate.report.words import stage_times
 from curate.stages.base import Room, Stage, Step, Table, execution_only, one_task, shard_tasks
 
 
@@ -297,6 +298,18 @@ def test_a_first_run(finished: tuple[Path, dict[str, Any], Log], source: Path) -
     assert "caption_too_long" in text
     assert "60.0%" in text
     assert f"{out}/decisions" in text
+
+
+def test_a_sample_that_a_training_saw_often_is_one() -> None:
+    stages = {
+        name: {"steps": {"shards": {"wall_seconds": seconds, "samples": samples}}}
+        for name, seconds, samples in (
+            ("ingest", 1.0, 10),
+            ("embed.vectors", 3.0, 9),
+            ("score", 2.0, 240),
+        )
+    }
+    assert stage_times(stages) == [("ingest", 1.0, 10), ("embed", 3.0, 9), ("score", 2.0, 10)]
 
 
 def test_before_anything_ran(source: Path, tmp_path: Path) -> None:
