@@ -63,17 +63,17 @@ def mean_of_others(held_out: Array, held_clusters: Array, clusters: Array) -> Ar
     (N, D) float64
         Over all of them where there are no others; 0 where there are none.
     """
-    names, places = np.unique(held_clusters, return_inverse=True)
-    sums = np.zeros((len(names) + 1, held_out.shape[1]))
-    np.add.at(sums, places, held_out)
-    counts = np.append(np.bincount(places, minlength=len(names)), 0)
-    own = np.minimum(np.searchsorted(names, clusters), max(len(names) - 1, 0))
-    if len(names):
-        own[names[own] != clusters] = len(names)  # none of it is held out
-    left = len(held_out) - counts[own]
-    total = sums.sum(0)
-    means: Array = np.where(left[:, None] > 0, total - sums[own], total)
-    return means / np.maximum(np.where(left > 0, left, len(held_out)), 1)[:, None]
+    count = len(held_out)
+    names, places = np.unique(np.concatenate([held_clusters, clusters]), return_inverse=True)
+    held, own = places[:count], places[count:]
+    sums = np.zeros((len(names), held_out.shape[1]))
+    np.add.at(sums, held, held_out)
+    left = count - np.bincount(held, minlength=len(names))[own]
+    # Of all, summed up in their order: nothing depends on which samples are asked for together.
+    total = held_out.sum(0, dtype=np.float64)
+    others = np.where(left[:, None] > 0, total - sums[own], total)
+    means: Array = others / np.maximum(np.where(left > 0, left, count), 1)[:, None]
+    return means
 
 
 def measure_memorization(values: Array, inside: Array) -> tuple[Array, Array]:
