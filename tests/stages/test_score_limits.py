@@ -364,16 +364,20 @@ CLIPS = Score(
 def measure(
     folder: Path, samples: squares.Squares, stage: Score = CLIPS
 ) -> tuple[np.ndarray, pa.Table, list[dict[str, Any]]]:
-    """Return the scores, none of which may be null, the table, and what is known of the proxies."""
+    """Return the scores, the table, and what is known of the proxies.
+
+    All scores are null where a proxy had nothing to train on, and none elsewhere.
+    """
     room = squares.lay_out(folder, samples, stage, [np.arange(len(samples.uids))])
     table = squares.measure(room)
+    records = json.loads(json.dumps(room.stage.facts(room), allow_nan=False))["clips"]
+    unknown = min(record["samples"] for record in records) < 2
     values = table["memorization_score"].to_numpy()
-    assert table["memorization_score"].null_count == 0
-    assert np.abs(values).max() <= 4.5
+    assert table["memorization_score"].null_count == (len(table) if unknown else 0)
+    assert unknown or np.abs(values).max() <= 4.5
     errors = table["memorization_score_stderr"]
-    assert errors.null_count == (len(table) if stage.clip_proxies == 2 else 0)
-    facts = json.loads(json.dumps(room.stage.facts(room), allow_nan=False))
-    return values, table, facts["clips"]
+    assert errors.null_count == (len(table) if unknown or stage.clip_proxies == 2 else 0)
+    return values, table, records
 
 
 @pytest.mark.usefixtures("quickly")
@@ -408,6 +412,8 @@ def test_clips_with_hardly_any_pairs_are_survived_and_recorded(tmp_path: Path, i
             assert record["losses"] == []
         if record["samples"] < 2 or inside == squares.COUNT:
             assert not record["rivals"]
-    # A proxy that leaves nothing out has no held-out mean. Without a stand-in all scores were 1.
-    assert np.median(np.abs(values)) < 0.3
+    if inside >= squares.COUNT - 1:  # all but one are one cluster: a proxy has one pair, or none
+        assert min(sizes) < 2
+    else:
+        assert np.median(np.abs(values)) < 0.3
     assert table["memorization_kind"].null_count == squares.COUNT
