@@ -456,6 +456,7 @@ def clean(out: str) -> None:
     """Remove stage folders that the last run does not use."""
     from curate.engine import runner
     from curate.engine.finished import read_finished, read_run
+    from curate.report.text import tell_count
 
     if read_run(out) is None:
         read_finished(out)  # the lock would make what is not there
@@ -463,7 +464,7 @@ def clean(out: str) -> None:
         removed = runner.clean(out)
     for name in removed:
         click.echo(f"removed {name}")
-    click.echo(f"{len(removed)} {'folder' if len(removed) == 1 else 'folders'} removed")
+    click.echo(f"{tell_count(len(removed), 'folder')} removed")
 
 
 def _load(

@@ -34,6 +34,7 @@ from curate.errors import (
 )
 from curate.formats import datacomp, groups, huggingface, keep_list, mds, webdataset
 from curate.memorization.folds import draw_repeats, hash_unit
+from curate.report.text import tell_count
 from curate.schema import public_columns, select_schema
 
 __all__ = ["LAYOUTS", "Mapper", "Request", "describe_export", "export"]
@@ -497,13 +498,9 @@ def _absolute(folder: str) -> str:
     return str(path) if storage.is_local(folder) else str(fs.unstrip_protocol(path))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
-
-
 def describe_export(result: dict[str, Any], target: str) -> str:
     """Return what is printed after an export."""
-    lines = [f"{_count(result['samples'], 'sample')} in {_count(result['files'], 'file')}"]
+    lines = [f"{tell_count(result['samples'], 'sample')} in {tell_count(result['files'], 'file')}"]
     if not result["computed"]:
         lines = ["Nothing to do: the export was complete.", *lines]
     for number, group in enumerate(result.get("groups", ())):

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from curate.report.text import tell_count
+
 __all__ = ["PlainProgress", "TerminalProgress", "make_progress"]
 
 #: Seconds between plain lines of one stage: often enough to see life, rare enough for a CI log.
@@ -78,7 +80,7 @@ class _Stage:
         if self.samples and seconds > 0:
             parts.append(f"{self.samples / seconds:.0f} samples/s")
         if self.workers:
-            parts.append(f"{self.workers} worker{'s' if self.workers > 1 else ''}")
+            parts.append(tell_count(self.workers, "worker"))
         return parts + self._reasons()
 
     def summed(self) -> list[str]:

@@ -27,6 +27,7 @@ __all__ = [
     "fit_front",
     "has_learned",
     "has_rivals",
+    "seed_attempt",
     "train_heads",
 ]
 
@@ -161,7 +162,7 @@ def train_heads(
     """
     with torch_threads(1):
         for attempt in range(recipe.retries + 1):
-            torch.manual_seed((seed + attempt * 1_000_003) % 2**64)
+            seed_attempt(seed, attempt)
             heads, white = _start(shape, fronts, pairs)
             losses = _fit(heads, white, groups, recipe, observe)
             diverged = recipe.epochs > 0 and not has_learned(losses)
@@ -182,6 +183,11 @@ def has_rivals(groups: Array) -> bool:
         Rows that share an entry of any column are not each other's negatives.
     """
     return len(groups) > 1 and not (groups == groups[0]).all(0).any()
+
+
+def seed_attempt(seed: int, attempt: int) -> None:
+    """Seed torch for a training that is begun for the nth time; any seed will do."""
+    torch.manual_seed((seed + attempt * 1_000_003) % 2**64)
 
 
 def has_learned(losses: list[float]) -> bool:

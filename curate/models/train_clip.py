@@ -21,7 +21,7 @@ from curate.models.clip_proxy import (
 )
 from curate.models.encoders import torch_threads
 from curate.models.steps import EagerSteps, GraphedSteps, Steps, finish, finish_together
-from curate.models.train import RETRIES, fit_contrastive, has_learned
+from curate.models.train import RETRIES, fit_contrastive, has_learned, seed_attempt
 
 __all__ = [
     "ClipRecipe",
@@ -210,7 +210,7 @@ def _train(
     fit: Callable[[CLIP], _Losses],
 ) -> _Training:
     for attempt in range(recipe.retries + 1):
-        torch.manual_seed((seed + attempt * 1_000_003) % 2**64)
+        seed_attempt(seed, attempt)
         model = build_clip(shape).to(device)
         losses = yield from fit(model)
         diverged = not has_learned(losses)

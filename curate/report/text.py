@@ -1,6 +1,6 @@
 """How texts from outside and numbers are shown, on all pages and in the terminal."""
 
-__all__ = ["clean_text", "tell_score", "tell_share"]
+__all__ = ["clean_text", "tell_count", "tell_score", "tell_share"]
 
 
 def clean_text(text: str, most: int | None = None) -> str:
@@ -47,6 +47,11 @@ def tell_score(value: float, decimals: int = 3) -> str:
     if value == 0:
         return "0"
     return f"{value:.{decimals}f}" if abs(value) >= 10**-decimals else f"{value:#.2g}"
+
+
+def tell_count(number: int, what: str) -> str:
+    """Return a number of things, whose name takes an s in the plural."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def tell_share(share: float, decimals: int = 1) -> str:
